@@ -1,0 +1,199 @@
+// Python's door to the kernels: data pointers and sizes in (checked by sparsight/ops/cpu.py, which
+// holds the tensors alive), the GIL released, ranges split over threads.
+//
+// Pointers travel as integers: four arrays through nanobind's ndarray cost 14 us a call, as
+// integers 0.7.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "operators.h"
+#include "pack.h"
+#include "sampled_block.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace sparsight;
+
+namespace {
+
+template <class T>
+T* ptr(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const KernelTable& require(const std::string& isa) {
+  const KernelTable* table = table_for(isa.c_str());
+  if (!table) throw std::runtime_error("isa '" + isa + "' does not run on this machine");
+  return *table;
+}
+
+ConvGeometry geometry_of(const std::vector<int64_t>& v) {
+  if (v.size() != 15) throw std::invalid_argument("geometry needs 15 integers");
+  return {v[0], v[1], v[2],  v[3],  v[4],  v[5],  v[6], v[7],
+          v[8], v[9], v[10], v[11], v[12], v[13], v[14]};
+}
+
+void sampled_conv(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t index, uintptr_t count,
+                  uintptr_t residual, uintptr_t output, int64_t batch,
+                  std::vector<int64_t> geometry, bool relu, const std::string& isa,
+                  int num_threads) {
+  const KernelTable& table = require(isa);
+  const ConvGeometry g = geometry_of(geometry);
+  nb::gil_scoped_release release;
+  Scratch& scratch = thread_scratch();
+  ConvCall call{};
+  call.geometry = g;
+  call.kind = pack_kind(g.in_channels, g.out_channels, g.groups);
+  const int64_t size = packed_size(g, call.kind);
+  const int64_t panels = panel_count(g.out_channels);
+  float* packed = scratch.get<float>(0, size + panels * kPanel + g.in_channels);
+  pack_weight(g, call.kind, ptr<const float>(weight), packed);
+  float* padded_bias = packed + size;
+  float* zero_row = padded_bias + panels * kPanel;
+  std::memset(padded_bias, 0, sizeof(float) * (panels * kPanel + g.in_channels));
+  if (bias) std::memcpy(padded_bias, ptr<const float>(bias), sizeof(float) * g.out_channels);
+  call.weight = packed;
+  call.bias = padded_bias;
+  call.zero_row = zero_row;
+  call.input_stride = g.in_channels;
+  call.output_stride = call.residual_stride = g.out_channels;
+  call.relu = relu;
+  const int64_t out_positions = g.out_height * g.out_width;
+  for (int64_t image = 0; image < batch; ++image) {
+    call.input = ptr<const float>(x) + image * g.height * g.width * g.in_channels;
+    call.output = ptr<float>(output) + image * out_positions * g.out_channels;
+    call.residual =
+        residual ? ptr<const float>(residual) + image * out_positions * g.out_channels : nullptr;
+    call.sites = ptr<const int32_t>(index) + image * out_positions;
+    run_conv(table, call, ptr<const int32_t>(count)[image], num_threads);
+  }
+}
+
+int64_t sampled_block(uintptr_t x, uintptr_t shortcut, std::vector<uintptr_t> noise,
+                      std::vector<uintptr_t> given, uintptr_t params, uintptr_t spec, int64_t batch,
+                      int64_t height, int64_t width, uintptr_t output, uintptr_t masks,
+                      uintptr_t logits, const std::string& isa, int num_threads) {
+  const KernelTable& table = require(isa);
+  nb::gil_scoped_release release;
+  std::vector<const float*> noise_maps;
+  std::vector<const uint8_t*> given_maps;
+  for (uintptr_t p : noise) noise_maps.push_back(ptr<const float>(p));
+  for (uintptr_t p : given) given_maps.push_back(ptr<const uint8_t>(p));
+  BlockArrays arrays{ptr<const float>(x),
+                     ptr<const float>(shortcut),
+                     noise_maps.data(),
+                     given_maps.data(),
+                     ptr<const float>(params),
+                     ptr<const int64_t>(spec),
+                     batch,
+                     height,
+                     width,
+                     ptr<float>(output),
+                     ptr<uint8_t>(masks),
+                     ptr<float>(logits)};
+  return run_block(table, arrays, num_threads);
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+  m.doc() = "Compiled kernels of sparsight; call them through sparsight.ops.";
+  m.attr("PANEL") = kPanel;
+  m.attr("MAX_TAPS") = kMaxTaps;
+  m.attr("MAX_WINDOW") = kMaxWindow;
+  m.attr("SPEC_VERSION") = kSpecVersion;
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const char* name : {"scalar", "avx2", "avx512"})
+      if (table_for(name)) names.emplace_back(name);
+    return names;
+  });
+  m.def("threading_runtime", [] { return std::string(threading_runtime()); });
+  m.def("list_sites_and_holes",
+        [](uintptr_t mask, int64_t batch, int64_t positions, uintptr_t index, uintptr_t count) {
+          nb::gil_scoped_release release;
+          for (int64_t image = 0; image < batch; ++image)
+            ptr<int32_t>(count)[image] = static_cast<int32_t>(
+                list_sites_and_holes(ptr<const uint8_t>(mask) + image * positions, positions,
+                                     ptr<int32_t>(index) + image * positions));
+        });
+  m.def("packed_size", [](std::vector<int64_t> geometry) {
+    const ConvGeometry g = geometry_of(geometry);
+    return packed_size(g, pack_kind(g.in_channels, g.out_channels, g.groups));
+  });
+  m.def("pack_weight", [](std::vector<int64_t> geometry, uintptr_t weight, uintptr_t packed) {
+    const ConvGeometry g = geometry_of(geometry);
+    nb::gil_scoped_release release;
+    pack_weight(g, pack_kind(g.in_channels, g.out_channels, g.groups), ptr<const float>(weight),
+                ptr<float>(packed));
+  });
+  m.def("kernel_ratios", [](uintptr_t log_kernel, int64_t taps, uintptr_t ratio, uintptr_t kernel) {
+    kernel_ratios(ptr<const float>(log_kernel), taps, ptr<float>(ratio), ptr<float>(kernel));
+  });
+  m.def("sampled_conv", &sampled_conv);
+  m.def("hard_fill", [](uintptr_t features, uintptr_t mask, uintptr_t log_kernel, int64_t batch,
+                        int64_t height, int64_t width, int64_t channels, int64_t window, float eps,
+                        uintptr_t output, const std::string& isa, int num_threads) {
+    const KernelTable& table = require(isa);
+    nb::gil_scoped_release release;
+    hard_fill(table, ptr<const float>(features), ptr<const uint8_t>(mask),
+              ptr<const float>(log_kernel), batch, height, width, channels, window, eps,
+              ptr<float>(output), num_threads);
+  });
+  m.def("soft_fill", [](uintptr_t features, uintptr_t mask, uintptr_t log_kernel, int64_t batch,
+                        int64_t height, int64_t width, int64_t channels, int64_t window, float eps,
+                        uintptr_t output, const std::string& isa, int num_threads) {
+    const KernelTable& table = require(isa);
+    nb::gil_scoped_release release;
+    const SoftFillArrays a{ptr<const float>(features),
+                           ptr<const float>(mask),
+                           ptr<const float>(log_kernel),
+                           batch,
+                           height,
+                           width,
+                           channels,
+                           window,
+                           eps,
+                           false};
+    soft_fill(table, a, ptr<float>(output), num_threads);
+  });
+  m.def("soft_fill_backward",
+        [](uintptr_t features, uintptr_t mask, uintptr_t log_kernel, uintptr_t grad, int64_t batch,
+           int64_t height, int64_t width, int64_t channels, int64_t window, float eps, bool hard,
+           uintptr_t grad_features, uintptr_t grad_mask, uintptr_t grad_log_kernel,
+           const std::string& isa, int num_threads) {
+          const KernelTable& table = require(isa);
+          nb::gil_scoped_release release;
+          const SoftFillArrays a{ptr<const float>(features),
+                                 ptr<const float>(mask),
+                                 ptr<const float>(log_kernel),
+                                 batch,
+                                 height,
+                                 width,
+                                 channels,
+                                 window,
+                                 eps,
+                                 hard};
+          soft_fill_backward(table, a, ptr<const float>(grad), ptr<float>(grad_features),
+                             ptr<float>(grad_mask), ptr<float>(grad_log_kernel), num_threads);
+        });
+  m.def("block_sizes", [](uintptr_t spec, int64_t height, int64_t width) {
+    const int64_t* s = ptr<const int64_t>(spec);
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i < s[kNumMasks]; ++i) {
+      int64_t h, w;
+      mask_size(s, i, height, width, &h, &w);
+      sizes.push_back(h);
+      sizes.push_back(w);
+    }
+    return sizes;
+  });
+  m.def("sampled_block", &sampled_block);
+}

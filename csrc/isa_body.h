@@ -1,0 +1,25 @@
+// The bodies of one instruction set and its table. Included once by each isa_*.cpp, after it has
+// defined SPARSIGHT_ISA (the namespace) and, for the wide ones, SPARSIGHT_AVX2 or SPARSIGHT_AVX512.
+#include "kernels.h"
+#include "pack.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace sparsight {
+namespace SPARSIGHT_ISA {
+
+#include "simd.h"
+#include "sampled_conv.h"
+#include "interpolate.h"
+
+#define SPARSIGHT_STRING_(x) #x
+#define SPARSIGHT_STRING(x) SPARSIGHT_STRING_(x)
+
+static const KernelTable table = {
+    SPARSIGHT_STRING(SPARSIGHT_ISA), conv, kRows, fill, soft_fill, soft_fill_backward_rows,
+    soft_fill_backward_sites,
+};
+
+}  // namespace SPARSIGHT_ISA
+}  // namespace sparsight

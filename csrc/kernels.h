@@ -1,0 +1,108 @@
+// The seam between the instruction sets and everything else: one table of function pointers per
+// ISA.
+//
+// Plain pointers, sizes and strides (in elements) only. A kernel works on a half-open range and
+// never allocates, locks or throws; whoever calls it splits the range over threads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace sparsight {
+
+// Columns (output channels) of one packed panel. Every ISA reads the same packed layout.
+constexpr int kPanel = 32;
+// Channels of one packed lane group, for grouped convolutions whose groups fit in a vector.
+constexpr int kLaneGroup = 16;
+// Largest number of taps of a sampled convolution, and largest interpolation window side.
+constexpr int kMaxTaps = 128;
+constexpr int kMaxWindow = 15;
+
+enum class PackKind : int64_t { panel = 0, lanes = 1 };
+
+struct ConvGeometry {
+  int64_t height, width;          // input map
+  int64_t out_height, out_width;  // output map
+  int64_t in_channels, out_channels, groups;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
+// One convolution over a list of sites of one image.
+struct ConvCall {
+  ConvGeometry geometry;
+  PackKind kind;
+  const float* input;  // row of pixel i at input + i * input_stride
+  int64_t input_stride;
+  bool compact_input;     // 1x1 only: row of the i-th site, not of its position
+  const float* zero_row;  // in_channels zeros, read where a tap falls outside the map
+  const int32_t* sites;   // flat output positions; null means all positions in order
+  const float* weight;    // packed, see pack.h
+  const float* bias;      // padded to whole panels, or null
+  const float* residual;  // row of a position, or null
+  int64_t residual_stride;
+  float* output;
+  int64_t output_stride;
+  bool compact_output;  // write the i-th row, not the row of its position
+  bool relu;
+};
+
+// Fill the holes of one image from the sites in their windows.
+struct FillCall {
+  int64_t height, width, channels, window;
+  const uint8_t* padded_mask;  // (height + 2 radius) x padded_width, 1 at sites, zero border
+  int64_t padded_width;        // >= width + 2 radius + 8
+  const float* log_kernel;     // window^2
+  const float* kernel;         // window^2, exp(log_kernel): read with eps only
+  const float* ratio;          // window^2 x window^2: exp(log_kernel[i] - log_kernel[j])
+  float eps;                   // < 0: exact softmax; otherwise added to the denominator
+  bool zero_fill;              // holes are zero
+  const int32_t* positions;    // positions to write; null means all in order
+  const float* values;         // rows of the sites
+  int64_t values_stride;
+  const int32_t* row_of;  // position -> row of `values`, or null when they are the same
+  const float* residual;
+  int64_t residual_stride;
+  float* output;
+  int64_t output_stride;
+  bool relu;
+};
+
+// Fill with a float mask (training), forward and backward; all maps are dense rows of one image.
+struct SoftFillCall {
+  int64_t height, width, channels, window;
+  const float* log_kernel;
+  float eps;              // < 0: exact softmax
+  const float* mask;      // height*width
+  const float* log_mask;  // height*width, -inf where the mask is 0
+  bool hard;              // mask is 0 or 1 and holes' features must not be read
+  const float* features;  // rows, stride = channels
+  float* output;          // forward only
+  // backward only
+  const float* grad;
+  float* shift;                 // height*width scratch
+  float* inverse;               // height*width scratch: 1 / denominator
+  float* projected;             // height*width scratch: (1 - M_p) g_p . I_p
+  float* grad_features;         // rows
+  float* grad_mask;             // height*width or null
+  float* grad_log_kernel_rows;  // height x window^2 partial sums
+};
+
+struct KernelTable {
+  const char* name;
+  void (*conv)(const ConvCall&, int64_t panel_begin, int64_t panel_end, int64_t site_begin,
+               int64_t site_end);
+  int64_t conv_tile;  // sites per register tile
+  void (*fill)(const FillCall&, int64_t begin, int64_t end);
+  void (*soft_fill)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
+  void (*soft_fill_backward_rows)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
+  void (*soft_fill_backward_sites)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
+};
+
+const KernelTable* scalar_table();
+const KernelTable* avx2_table();  // null when not compiled in
+const KernelTable* avx512_table();
+
+// The table of a given ISA ("scalar", "avx2", "avx512"), or of the best one ("auto"); null when
+// this machine cannot run it.
+const KernelTable* table_for(const char* isa);
+
+}  // namespace sparsight

@@ -1,0 +1,219 @@
+#include "operators.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "pack.h"
+#include "threads.h"
+
+namespace sparsight {
+
+Scratch::~Scratch() {
+  for (void* p : pointers_) std::free(p);
+}
+
+void* Scratch::bytes(int slot, int64_t size) {
+  if (slot >= static_cast<int>(pointers_.size())) {
+    pointers_.resize(slot + 1, nullptr);
+    sizes_.resize(slot + 1, 0);
+  }
+  if (sizes_[slot] < size) {
+    std::free(pointers_[slot]);
+    pointers_[slot] = nullptr;
+    sizes_[slot] = 0;
+    const int64_t rounded = (size + 4095) / 4096 * 4096;
+    pointers_[slot] = std::aligned_alloc(4096, rounded);
+    if (!pointers_[slot]) throw std::bad_alloc();
+    sizes_[slot] = rounded;
+  }
+  return pointers_[slot];
+}
+
+Scratch& thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+int64_t list_sites(const uint8_t* mask, int64_t count, int32_t* sites) {
+  int64_t n = 0;
+  // Branch-free: at density 0.5 a predicted branch would miss half the time.
+  for (int64_t i = 0; i < count; ++i) {
+    sites[n] = static_cast<int32_t>(i);
+    n += mask[i] != 0;
+  }
+  return n;
+}
+
+int64_t list_sites_and_holes(const uint8_t* mask, int64_t count, int32_t* index) {
+  int64_t active = 0;
+  for (int64_t i = 0; i < count; ++i) active += mask[i] != 0;
+  int64_t site = 0, hole = active;
+  for (int64_t i = 0; i < count; ++i) index[mask[i] ? site++ : hole++] = static_cast<int32_t>(i);
+  return active;
+}
+
+void run_conv(const KernelTable& table, const ConvCall& call, int64_t num_sites, int num_threads) {
+  if (num_sites <= 0) return;
+  const ConvGeometry& g = call.geometry;
+  const int64_t panels = panel_count(g.out_channels);
+  const int64_t tiles = (num_sites + table.conv_tile - 1) / table.conv_tile;
+  const int64_t panel_bytes = packed_size(g, call.kind) * 4 / panels;
+  // Panels whose weights stay in L2 while a range of sites passes over them.
+  const int64_t group =
+      std::max<int64_t>(1, std::min<int64_t>(panels, 393216 / std::max<int64_t>(1, panel_bytes)));
+  const int64_t groups = (panels + group - 1) / group;
+  const int64_t weight_bytes = panel_bytes * panels;
+  const int64_t input_bytes =
+      4 * g.in_channels * std::min(num_sites * g.kernel_h * g.kernel_w, g.height * g.width);
+  const bool by_panel = num_threads > 1 && panels >= num_threads &&
+                        (tiles < 2 * num_threads || weight_bytes > 2 * input_bytes);
+  if (by_panel) {
+    const int64_t per = std::max<int64_t>(1, std::min(group, panels / num_threads));
+    std::atomic<int64_t> next{0};
+    run_workers(num_threads, [&](int) {
+      for (int64_t begin; (begin = next.fetch_add(per)) < panels;)
+        table.conv(call, begin, std::min(begin + per, panels), 0, num_sites);
+    });
+    return;
+  }
+  const int workers = static_cast<int>(std::min<int64_t>(num_threads, tiles));
+  if (workers <= 1) {
+    for (int64_t p = 0; p < groups; ++p)
+      table.conv(call, p * group, std::min((p + 1) * group, panels), 0, num_sites);
+    return;
+  }
+  // A few chunks each: a core that the machine slows down takes fewer of them.
+  const int64_t chunks = std::min<int64_t>(tiles, workers * 4);
+  std::atomic<int64_t> next{0};
+  run_workers(workers, [&](int) {
+    for (int64_t chunk; (chunk = next.fetch_add(1)) < chunks;) {
+      const int64_t begin = tiles * chunk / chunks * table.conv_tile;
+      const int64_t end = std::min(num_sites, tiles * (chunk + 1) / chunks * table.conv_tile);
+      for (int64_t p = 0; p < groups; ++p)
+        table.conv(call, p * group, std::min((p + 1) * group, panels), begin, end);
+    }
+  });
+}
+
+int64_t padded_mask_width(int64_t width, int64_t window) {
+  return width + window + 16;
+}
+
+void pad_mask(const uint8_t* mask, int64_t height, int64_t width, int64_t window, uint8_t* padded) {
+  const int64_t radius = window / 2, stride = padded_mask_width(width, window);
+  std::memset(padded, 0, (height + 2 * radius) * stride);
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t x = 0; x < width; ++x)
+      padded[(y + radius) * stride + x + radius] = mask[y * width + x] != 0;
+}
+
+void kernel_ratios(const float* log_kernel, int64_t taps, float* ratio, float* kernel) {
+  for (int64_t best = 0; best < taps; ++best)
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const float difference = log_kernel[tap] - log_kernel[best];
+      // -inf against -inf: a kernel weight of zero everywhere; the site counts as unseen.
+      ratio[best * taps + tap] = std::isnan(difference) ? 0.0f : std::exp(difference);
+    }
+  for (int64_t tap = 0; tap < taps; ++tap) kernel[tap] = std::exp(log_kernel[tap]);
+}
+
+namespace {
+
+SoftFillCall soft_call(const SoftFillArrays& a, int64_t image, float* log_mask) {
+  SoftFillCall call{};
+  call.height = a.height;
+  call.width = a.width;
+  call.channels = a.channels;
+  call.window = a.window;
+  call.log_kernel = a.log_kernel;
+  call.eps = a.eps;
+  call.hard = a.hard;
+  const int64_t positions = a.height * a.width;
+  call.mask = a.mask + image * positions;
+  for (int64_t i = 0; i < positions; ++i)
+    log_mask[i] = call.mask[i] > 0.0f
+                      ? std::log(std::max(call.mask[i], std::numeric_limits<float>::min()))
+                      : -std::numeric_limits<float>::infinity();
+  call.log_mask = log_mask;
+  call.features = a.features + image * positions * a.channels;
+  return call;
+}
+
+}  // namespace
+
+void soft_fill(const KernelTable& table, const SoftFillArrays& a, float* output, int num_threads) {
+  const int64_t positions = a.height * a.width;
+  float* log_mask = thread_scratch().get<float>(0, positions);
+  for (int64_t image = 0; image < a.batch; ++image) {
+    SoftFillCall call = soft_call(a, image, log_mask);
+    call.output = output + image * positions * a.channels;
+    parallel_ranges(num_threads, a.height,
+                    [&](int64_t b, int64_t e) { table.soft_fill(call, b, e); });
+  }
+}
+
+void soft_fill_backward(const KernelTable& table, const SoftFillArrays& a, const float* grad,
+                        float* grad_features, float* grad_mask, float* grad_log_kernel,
+                        int num_threads) {
+  const int64_t positions = a.height * a.width, taps = a.window * a.window;
+  Scratch& scratch = thread_scratch();
+  float* log_mask = scratch.get<float>(0, positions);
+  float* maps = scratch.get<float>(1, 3 * positions);
+  float* rows = scratch.get<float>(2, a.height * taps);
+  std::memset(grad_log_kernel, 0, sizeof(float) * taps);
+  for (int64_t image = 0; image < a.batch; ++image) {
+    SoftFillCall call = soft_call(a, image, log_mask);
+    call.grad = grad + image * positions * a.channels;
+    call.grad_features = grad_features + image * positions * a.channels;
+    call.grad_mask = grad_mask ? grad_mask + image * positions : nullptr;
+    call.shift = maps;
+    call.inverse = maps + positions;
+    call.projected = maps + 2 * positions;
+    call.grad_log_kernel_rows = rows;
+    std::memset(rows, 0, sizeof(float) * a.height * taps);
+    parallel_ranges(num_threads, a.height,
+                    [&](int64_t b, int64_t e) { table.soft_fill_backward_rows(call, b, e); });
+    parallel_ranges(num_threads, a.height,
+                    [&](int64_t b, int64_t e) { table.soft_fill_backward_sites(call, b, e); });
+    // In row order, whatever thread made a row: one thread and n threads agree bit for bit.
+    for (int64_t y = 0; y < a.height; ++y)
+      for (int64_t t = 0; t < taps; ++t) grad_log_kernel[t] += rows[y * taps + t];
+  }
+}
+
+void hard_fill(const KernelTable& table, const float* features, const uint8_t* mask,
+               const float* log_kernel, int64_t batch, int64_t height, int64_t width,
+               int64_t channels, int64_t window, float eps, float* output, int num_threads) {
+  const int64_t positions = height * width, taps = window * window;
+  Scratch& scratch = thread_scratch();
+  const int64_t padded_width = padded_mask_width(width, window);
+  uint8_t* padded = scratch.get<uint8_t>(0, (height + window) * padded_width + 16);
+  float* tables = scratch.get<float>(1, taps * taps + taps);
+  kernel_ratios(log_kernel, taps, tables, tables + taps * taps);
+  for (int64_t image = 0; image < batch; ++image) {
+    pad_mask(mask + image * positions, height, width, window, padded);
+    FillCall call{};
+    call.height = height;
+    call.width = width;
+    call.channels = channels;
+    call.window = window;
+    call.padded_mask = padded;
+    call.padded_width = padded_width;
+    call.log_kernel = log_kernel;
+    call.ratio = tables;
+    call.kernel = tables + taps * taps;
+    call.eps = eps;
+    call.values = features + image * positions * channels;
+    call.values_stride = channels;
+    call.output = output + image * positions * channels;
+    call.output_stride = channels;
+    parallel_ranges(num_threads, positions, [&](int64_t b, int64_t e) { table.fill(call, b, e); });
+  }
+}
+
+}  // namespace sparsight

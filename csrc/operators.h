@@ -1,0 +1,58 @@
+// Whole operators on raw pointers: split over threads, scratch memory, one image after another.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace sparsight {
+
+// Memory that one calling thread reuses from call to call: nothing is allocated once warm.
+class Scratch {
+ public:
+  template <class T>
+  T* get(int slot, int64_t count) {
+    return static_cast<T*>(bytes(slot, static_cast<int64_t>(sizeof(T)) * count));
+  }
+  ~Scratch();
+
+ private:
+  void* bytes(int slot, int64_t size);
+  std::vector<void*> pointers_;
+  std::vector<int64_t> sizes_;
+};
+Scratch& thread_scratch();
+
+// sites: ascending positions where mask != 0, at least 1 row; returns how many.
+int64_t list_sites(const uint8_t* mask, int64_t count, int32_t* sites);
+// As above, then the holes, ascending: a permutation of all positions.
+int64_t list_sites_and_holes(const uint8_t* mask, int64_t count, int32_t* index);
+
+// Runs one convolution over `num_sites` sites, split over sites or over panels.
+void run_conv(const KernelTable& table, const ConvCall& call, int64_t num_sites, int num_threads);
+
+// Copies a mask into a zero-bordered one that `fill` may read 8 bytes at a time.
+int64_t padded_mask_width(int64_t width, int64_t window);
+void pad_mask(const uint8_t* mask, int64_t height, int64_t width, int64_t window, uint8_t* padded);
+// ratio[i][j] = exp(log_kernel[i] - log_kernel[j]) as `FillCall` reads it: ratio[best * n + tap].
+void kernel_ratios(const float* log_kernel, int64_t taps, float* ratio, float* kernel);
+
+struct SoftFillArrays {
+  const float* features;
+  const float* mask;
+  const float* log_kernel;
+  int64_t batch, height, width, channels, window;
+  float eps;
+  bool hard;
+};
+void soft_fill(const KernelTable& table, const SoftFillArrays& a, float* output, int num_threads);
+// grad_mask may be null. grad_log_kernel: window^2.
+void soft_fill_backward(const KernelTable& table, const SoftFillArrays& a, const float* grad,
+                        float* grad_features, float* grad_mask, float* grad_log_kernel,
+                        int num_threads);
+// Hard masks, out of place.
+void hard_fill(const KernelTable& table, const float* features, const uint8_t* mask,
+               const float* log_kernel, int64_t batch, int64_t height, int64_t width,
+               int64_t channels, int64_t window, float eps, float* output, int num_threads);
+
+}  // namespace sparsight

@@ -1,0 +1,342 @@
+#include "sampled_block.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "operators.h"
+#include "pack.h"
+#include "threads.h"
+
+namespace sparsight {
+namespace {
+
+constexpr int kMaxMasks = 3;
+
+enum Slot {
+  kZeroRow = 8,
+  kHeads,
+  kSites,
+  kHoles,
+  kRowOf,
+  kNeeded,
+  kPadded,
+  kStageA,
+  kStageB,
+  kNext
+};
+
+const int64_t* mask_fields(const int64_t* spec, int64_t m) {
+  return spec + kHeaderFields + m * kMaskFields;
+}
+const int64_t* stage_fields(const int64_t* spec, int64_t s) {
+  return spec + kHeaderFields + spec[kNumMasks] * kMaskFields + s * kStageFields;
+}
+
+int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+ConvGeometry stage_geometry(const int64_t* stage, int64_t height, int64_t width) {
+  ConvGeometry g{};
+  g.height = height;
+  g.width = width;
+  g.in_channels = stage[kStageIn];
+  g.out_channels = stage[kStageOut];
+  g.groups = stage[kStageGroups];
+  g.kernel_h = stage[kKernelH];
+  g.kernel_w = stage[kKernelW];
+  g.stride_h = stage[kStrideH];
+  g.stride_w = stage[kStrideW];
+  g.pad_h = stage[kPadH];
+  g.pad_w = stage[kPadW];
+  g.dilation_h = stage[kDilationH];
+  g.dilation_w = stage[kDilationW];
+  g.out_height = out_size(height, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h);
+  g.out_width = out_size(width, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w);
+  return g;
+}
+
+bool is_pointwise(const int64_t* stage) {
+  return stage[kKernelH] == 1 && stage[kKernelW] == 1 && stage[kStrideH] == 1 &&
+         stage[kStrideW] == 1 && stage[kPadH] == 0 && stage[kPadW] == 0;
+}
+
+struct Mask {
+  int64_t height = 0, width = 0, count = 0;
+  uint8_t* bytes = nullptr;
+  int32_t* sites = nullptr;
+  bool full() const { return count == height * width; }
+};
+
+struct Runner {
+  Runner(const KernelTable& kernels, const BlockArrays& arrays, int num_threads)
+      : table(kernels), a(arrays), threads(num_threads) {}
+
+  const KernelTable& table;
+  const BlockArrays& a;
+  const int threads;
+  Scratch& scratch = thread_scratch();
+  Mask masks[kMaxMasks];
+  int64_t mask_positions = 0;
+
+  const int64_t* mask_spec(int64_t m) const { return mask_fields(a.spec, m); }
+  const int64_t* stage_spec(int64_t s) const { return stage_fields(a.spec, s); }
+
+  // z[p][column] = x[p] . head column; a logit is then a sum of nine shifted columns: a 3x3
+  // convolution to one channel read as a GEMM, so that x is streamed once for all the heads of the
+  // block.
+  const float* run_heads(const float* x) {
+    if (a.spec[kHeadWeight] < 0) return nullptr;
+    bool wanted = false;
+    for (int64_t m = 0; m < a.spec[kNumMasks]; ++m)
+      wanted |= mask_spec(m)[kParent] < 0 && !a.given[m];
+    if (!wanted) return nullptr;
+    float* z = scratch.get<float>(kHeads, a.height * a.width * kPanel);
+    ConvCall call{};
+    ConvGeometry& g = call.geometry;
+    g.height = g.out_height = a.height;
+    g.width = g.out_width = a.width;
+    g.in_channels = a.spec[kInChannels];
+    g.out_channels = kPanel;
+    g.groups = g.kernel_h = g.kernel_w = g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
+    call.kind = PackKind::panel;
+    call.input = x;
+    call.input_stride = g.in_channels;
+    call.weight = a.params + a.spec[kHeadWeight];
+    call.output = z;
+    call.output_stride = kPanel;
+    run_conv(table, call, a.height * a.width, threads);
+    return z;
+  }
+
+  // Returns false when a logit is NaN.
+  bool threshold(int64_t m, int64_t image, const float* z, float* logits) {
+    const int64_t* fields = mask_spec(m);
+    Mask& mask = masks[m];
+    const int64_t stride_h = fields[kMaskStrideH], stride_w = fields[kMaskStrideW];
+    const int64_t grid = fields[kGridStride], column = fields[kHeadColumn];
+    const float bias = a.params[fields[kHeadBias]];
+    const float* noise = a.noise[m] + image * mask.height * mask.width;
+    std::atomic<bool> bad{false};
+    parallel_ranges(threads, mask.height, [&](int64_t begin, int64_t end) {
+      bool nan = false;
+      for (int64_t y = begin; y < end; ++y)
+        for (int64_t x = 0; x < mask.width; ++x) {
+          float logit = bias;
+          for (int64_t ky = 0; ky < 3; ++ky) {
+            const int64_t iy = y * stride_h + ky - 1;
+            if (iy < 0 || iy >= a.height) continue;
+            for (int64_t kx = 0; kx < 3; ++kx) {
+              const int64_t ix = x * stride_w + kx - 1;
+              if (ix < 0 || ix >= a.width) continue;
+              logit += z[(iy * a.width + ix) * kPanel + column + ky * 3 + kx];
+            }
+          }
+          const int64_t p = y * mask.width + x;
+          logits[p] = logit;
+          nan |= std::isnan(logit);
+          mask.bytes[p] = logit + noise[p] >= 0.0f || (grid && y % grid == 0 && x % grid == 0);
+        }
+      if (nan) bad = true;
+    });
+    return !bad;
+  }
+
+  bool decide(int64_t image, const float* x) {
+    const float* z = run_heads(x);
+    uint8_t* bytes = a.masks + image * mask_positions;
+    float* logits = a.logits + image * mask_positions;
+    int32_t* sites = scratch.get<int32_t>(kSites, mask_positions + 1);
+    bool finite = true;
+    for (int64_t m = 0; m < a.spec[kNumMasks]; ++m) {
+      Mask& mask = masks[m];
+      const int64_t positions = mask.height * mask.width;
+      mask.bytes = bytes;
+      mask.sites = sites;
+      const int64_t* fields = mask_spec(m);
+      if (fields[kParent] >= 0) {
+        const Mask& parent = masks[fields[kParent]];
+        for (int64_t y = 0; y < mask.height; ++y)
+          for (int64_t px = 0; px < mask.width; ++px)
+            bytes[y * mask.width + px] =
+                parent.bytes[y * fields[kMaskStrideH] * parent.width + px * fields[kMaskStrideW]];
+      } else if (a.given[m]) {
+        std::memcpy(bytes, a.given[m] + image * positions, positions);
+      } else {
+        finite &= threshold(m, image, z, logits);
+      }
+      mask.count = list_sites(bytes, positions, sites);
+      bytes += positions;
+      logits += positions;
+      sites += positions;
+    }
+    return finite;
+  }
+
+  FillCall fill_call(int64_t m, int64_t channels) {
+    const int64_t* fields = mask_spec(m);
+    const Mask& mask = masks[m];
+    FillCall call{};
+    call.height = mask.height;
+    call.width = mask.width;
+    call.channels = channels;
+    call.window = fields[kWindow];
+    call.zero_fill = fields[kFillKind] == 1;
+    call.padded_width = padded_mask_width(mask.width, call.window);
+    auto* padded =
+        scratch.get<uint8_t>(kPadded, (mask.height + call.window) * call.padded_width + 16);
+    pad_mask(mask.bytes, mask.height, mask.width, call.window, padded);
+    call.padded_mask = padded;
+    const int64_t taps = call.window * call.window;
+    if (!call.zero_fill) {
+      call.log_kernel = a.params + fields[kLogKernel];
+      call.kernel = call.log_kernel + taps;
+      call.ratio = call.kernel + taps;
+    }
+    call.eps = fields[kEps] < 0 ? -1.0f : a.params[fields[kEps]];
+    return call;
+  }
+
+  // Positions of mask m that `next`, on its own sites, reads and that are holes.
+  int64_t needed_holes(int64_t m, const ConvGeometry& next, const Mask& readers, int32_t* holes) {
+    const Mask& mask = masks[m];
+    const int64_t positions = mask.height * mask.width;
+    auto* needed = scratch.get<uint8_t>(kNeeded, positions);
+    std::memset(needed, 0, positions);
+    for (int64_t i = 0; i < readers.count; ++i) {
+      const int64_t site = readers.sites[i];
+      const int64_t y0 = site / readers.width * next.stride_h - next.pad_h;
+      const int64_t x0 = site % readers.width * next.stride_w - next.pad_w;
+      for (int64_t ky = 0; ky < next.kernel_h; ++ky) {
+        const int64_t y = y0 + ky * next.dilation_h;
+        if (y < 0 || y >= mask.height) continue;
+        for (int64_t kx = 0; kx < next.kernel_w; ++kx) {
+          const int64_t x = x0 + kx * next.dilation_w;
+          if (x >= 0 && x < mask.width) needed[y * mask.width + x] = 1;
+        }
+      }
+    }
+    for (int64_t p = 0; p < positions; ++p) needed[p] = needed[p] && !mask.bytes[p];
+    return list_sites(needed, positions, holes);
+  }
+
+  void run_image(int64_t image) {
+    const int64_t stages = a.spec[kNumStages];
+    const float* input = a.x + image * a.height * a.width * a.spec[kInChannels];
+    int64_t height = a.height, width = a.width;
+    int64_t widest = 0;
+    for (int64_t s = 0; s < stages; ++s) widest = std::max(widest, stage_spec(s)[kStageIn]);
+    float* zero_row = scratch.get<float>(kZeroRow, widest);
+    std::memset(zero_row, 0, sizeof(float) * widest);
+    bool compact = false;
+    for (int64_t s = 0; s < stages; ++s) {
+      const int64_t* stage = stage_spec(s);
+      const int64_t m = stage[kStageMask];
+      const Mask& mask = masks[m];
+      const bool last = s + 1 == stages;
+      const int64_t* next = last ? nullptr : stage_spec(s + 1);
+      const bool stays = !last && is_pointwise(next) && next[kStageMask] == m;
+      ConvCall call{};
+      call.geometry = stage_geometry(stage, height, width);
+      call.kind = pack_kind(stage[kStageIn], stage[kStageOut], stage[kStageGroups]);
+      call.input = input;
+      call.input_stride = stage[kStageIn];
+      call.compact_input = compact;
+      call.zero_row = zero_row;
+      call.sites = mask.full() ? nullptr : mask.sites;
+      call.weight = a.params + stage[kStageWeight];
+      call.bias = stage[kStageBias] < 0 ? nullptr : a.params + stage[kStageBias];
+      call.output_stride = stage[kStageOut];
+      call.relu = stage[kStageRelu];
+      call.compact_output = last || stays;
+      float* image_output = a.output + image * mask.height * mask.width * stage[kStageOut];
+      const float* shortcut =
+          a.shortcut ? a.shortcut + image * mask.height * mask.width * stage[kStageOut] : nullptr;
+      if (last && mask.full()) {
+        call.output = image_output;
+        call.residual = shortcut;
+        call.residual_stride = stage[kStageOut];
+        call.relu = a.spec[kReluOut] || stage[kStageRelu];
+        run_conv(table, call, mask.count, threads);
+        return;
+      }
+      const int64_t rows = call.compact_output ? mask.count : mask.height * mask.width;
+      float* output = scratch.get<float>(s % 2 ? kStageB : kStageA,
+                                         std::max<int64_t>(1, rows) * stage[kStageOut]);
+      call.output = output;
+      run_conv(table, call, mask.count, threads);
+      if (last) {
+        auto* row_of = scratch.get<int32_t>(kRowOf, mask.height * mask.width);
+        for (int64_t i = 0; i < mask.count; ++i) row_of[mask.sites[i]] = static_cast<int32_t>(i);
+        FillCall fill = fill_call(m, stage[kStageOut]);
+        fill.values = output;
+        fill.values_stride = stage[kStageOut];
+        fill.row_of = row_of;
+        fill.residual = shortcut;
+        fill.residual_stride = stage[kStageOut];
+        fill.output = image_output;
+        fill.output_stride = stage[kStageOut];
+        fill.relu = a.spec[kReluOut];
+        parallel_ranges(threads, mask.height * mask.width,
+                        [&](int64_t begin, int64_t end) { table.fill(fill, begin, end); });
+        return;
+      }
+      if (!stays && !mask.full()) {
+        auto* holes = scratch.get<int32_t>(kHoles, mask.height * mask.width + 1);
+        const ConvGeometry reader = stage_geometry(next, mask.height, mask.width);
+        FillCall fill = fill_call(m, stage[kStageOut]);
+        fill.values = fill.output = output;
+        fill.values_stride = fill.output_stride = stage[kStageOut];
+        fill.positions = holes;
+        const int64_t count = needed_holes(m, reader, masks[next[kStageMask]], holes);
+        parallel_ranges(threads, count,
+                        [&](int64_t begin, int64_t end) { table.fill(fill, begin, end); });
+      }
+      input = output;
+      height = mask.height;
+      width = mask.width;
+      compact = stays;
+    }
+  }
+
+  int64_t run() {
+    for (int64_t m = 0; m < a.spec[kNumMasks]; ++m) {
+      mask_size(a.spec, m, a.height, a.width, &masks[m].height, &masks[m].width);
+      mask_positions += masks[m].height * masks[m].width;
+    }
+    for (int64_t image = 0; image < a.batch; ++image) {
+      if (!decide(image, a.x + image * a.height * a.width * a.spec[kInChannels])) return image;
+      run_image(image);
+    }
+    return -1;
+  }
+};
+
+}  // namespace
+
+void mask_size(const int64_t* spec, int64_t m, int64_t height, int64_t width, int64_t* out_height,
+               int64_t* out_width) {
+  // A mask has the size of the output of the first stage that it gates.
+  for (int64_t s = 0; s < spec[kNumStages]; ++s) {
+    const int64_t* stage = stage_fields(spec, s);
+    const ConvGeometry g = stage_geometry(stage, height, width);
+    height = g.out_height;
+    width = g.out_width;
+    if (stage[kStageMask] == m) break;
+  }
+  *out_height = height;
+  *out_width = width;
+}
+
+int64_t block_out_channels(const int64_t* spec) {
+  return stage_fields(spec, spec[kNumStages] - 1)[kStageOut];
+}
+
+int64_t run_block(const KernelTable& table, const BlockArrays& arrays, int num_threads) {
+  Runner runner(table, arrays, num_threads);
+  return runner.run();
+}
+
+}  // namespace sparsight

@@ -1,0 +1,81 @@
+// A whole residual block (or a single convolution) in one call: heads, masks, site lists, the
+// convolutions on the sites, interpolation, residual and activation.
+//
+// `spec` (int64) says what the block is, `params` (float32) holds its packed weights; both are
+// written once by convert/freeze.py with the field order below. Offsets count floats in `params`;
+// -1 is "none".
+//   header      : kHeaderFields
+//   then masks  : num_masks  x kMaskFields
+//   then stages : num_stages x kStageFields
+#pragma once
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace sparsight {
+
+enum HeaderField {
+  kVersion,
+  kInChannels,
+  kNumMasks,
+  kNumStages,
+  kReluOut,
+  kHeadWeight,
+  kHeaderFields
+};
+enum MaskField {
+  kParent,  // -1: has its own head or is given; otherwise: every (stride)-th position of that mask
+  kHeadColumn,  // first of its 9 columns in the packed heads
+  kHeadBias,    // offset of one float
+  kMaskStrideH,
+  kMaskStrideW,
+  kGridStride,  // 0: no grid prior
+  kFillKind,    // 0: kernel, 1: zero
+  kWindow,
+  kLogKernel,  // offset of window^2 log kernel, then window^2 kernel, then window^4 ratios
+  kEps,        // offset of one float, or -1: exact
+  kMaskFields
+};
+enum StageField {
+  kStageIn,
+  kStageOut,
+  kStageGroups,
+  kKernelH,
+  kKernelW,
+  kStrideH,
+  kStrideW,
+  kPadH,
+  kPadW,
+  kDilationH,
+  kDilationW,
+  kStageMask,
+  kStageRelu,
+  kStageWeight,
+  kStageBias,
+  kStageFields
+};
+constexpr int64_t kSpecVersion = 1;
+
+struct BlockArrays {
+  const float* x;         // (batch, height, width, in_channels)
+  const float* shortcut;  // (batch, out_height, out_width, out_channels), or null: none
+  const float* const*
+      noise;  // per mask (batch, mask size) added to the logits, or null where given
+  const uint8_t* const* given;  // per mask (batch, mask size), or null where its head decides
+  const float* params;
+  const int64_t* spec;
+  int64_t batch, height, width;
+  float* output;   // (batch, out_height, out_width, out_channels)
+  uint8_t* masks;  // per image: all masks, one after another
+  float* logits;   // the same layout; untouched for masks without a head
+};
+
+// Sizes of mask m and of the output, from the input size.
+void mask_size(const int64_t* spec, int64_t m, int64_t height, int64_t width, int64_t* out_height,
+               int64_t* out_width);
+int64_t block_out_channels(const int64_t* spec);
+
+// Returns the index of the first image whose logits hold NaN, or -1.
+int64_t run_block(const KernelTable& table, const BlockArrays& arrays, int num_threads);
+
+}  // namespace sparsight

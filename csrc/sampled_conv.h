@@ -1,0 +1,236 @@
+// Indirect GEMM: convolution rows computed at a list of sites.
+//
+//   for each panel of 32 output channels, for each tile of MR sites:
+//     acc[MR][32] = bias
+//     for each tap: rows[m] = input row of (site m moved by tap), or the zero row outside the map
+//       for c in channels:  acc[m][:] += rows[m][c] * packed[tap][c][:]
+//     out row of site m = activation(acc[m] + residual)
+//
+// Input, residual and output are channels-last rows; nothing is gathered, rows are read by pointer.
+// Register budget: AVX-512 12 x 2 accumulators of 16 lanes + 2 weights + 1 broadcast = 27 of 32;
+// AVX2 4 x 2 of 8 lanes + 2 + 1 = 11 of 16 (a panel is walked as two halves); scalar 2 x 4.
+// Every element is summed tap by tap, channel by channel, in one order whatever the tile, so that
+// results do not depend on the split over threads. Included in an ISA-named namespace.
+
+#if defined(SPARSIGHT_AVX512)
+constexpr int kRows = 12;
+constexpr int kVecs = 2;
+#elif defined(SPARSIGHT_AVX2)
+constexpr int kRows = 4;
+constexpr int kVecs = 2;
+#else
+constexpr int kRows = 2;
+constexpr int kVecs = 4;
+#endif
+constexpr int kColumns = kVecs * Vec::lanes;
+
+struct SiteOrigin {
+  int64_t y, x;  // input coordinates of the top-left tap
+};
+
+static inline int64_t site_at(const ConvCall& call, int64_t i) {
+  return call.sites ? call.sites[i] : i;
+}
+
+static inline SiteOrigin origin_of(const ConvGeometry& g, int64_t position) {
+  const uint32_t y = (uint32_t)position / (uint32_t)g.out_width;
+  const uint32_t x = (uint32_t)position - y * (uint32_t)g.out_width;
+  return {(int64_t)y * g.stride_h - g.pad_h, (int64_t)x * g.stride_w - g.pad_w};
+}
+
+static inline const float* tap_row(const ConvCall& call, SiteOrigin o, int64_t ky, int64_t kx) {
+  const ConvGeometry& g = call.geometry;
+  const int64_t y = o.y + ky * g.dilation_h;
+  const int64_t x = o.x + kx * g.dilation_w;
+  if ((uint64_t)y >= (uint64_t)g.height || (uint64_t)x >= (uint64_t)g.width) return call.zero_row;
+  return call.input + (y * g.width + x) * call.input_stride;
+}
+
+// acc += rows[0..MR) (channels) x packed (channels x 32, this half)
+template <int MR>
+static inline void accumulate(Vec (&acc)[MR][kVecs], const float* const* rows, const float* packed,
+                              int64_t channels) {
+  const float* r[MR];
+  for (int m = 0; m < MR; ++m) r[m] = rows[m];
+  for (int64_t c = 0; c < channels; ++c) {
+    Vec w[kVecs];
+    for (int v = 0; v < kVecs; ++v) w[v] = Vec::load(packed + v * Vec::lanes);
+    packed += kPanel;
+    for (int m = 0; m < MR; ++m) {
+      const Vec a = Vec::set(r[m][c]);
+      for (int v = 0; v < kVecs; ++v) acc[m][v] = fma(a, w[v], acc[m][v]);
+    }
+  }
+}
+
+template <int MR>
+static inline void conv_tile(const ConvCall& call, const float* const* rows, int64_t taps,
+                             int64_t range, int64_t first_channel, const float* packed,
+                             int64_t column, const int64_t* in_row, int live) {
+  const ConvGeometry& g = call.geometry;
+  Vec acc[MR][kVecs];
+  for (int v = 0; v < kVecs; ++v) {
+    const Vec b = call.bias ? Vec::load(call.bias + column + v * Vec::lanes) : Vec::zero();
+    for (int m = 0; m < MR; ++m) acc[m][v] = b;
+  }
+  for (int64_t t = 0; t < taps; ++t) {
+    const float* shifted[MR];
+    for (int m = 0; m < MR; ++m) shifted[m] = rows[t * kRows + m] + first_channel;
+    accumulate<MR>(acc, shifted, packed + t * range * kPanel, range);
+  }
+  const int64_t left = g.out_channels - column;
+  for (int m = 0; m < MR; ++m) {
+    if (m >= live) break;
+    const int64_t position = site_at(call, in_row[m]);
+    float* out =
+        call.output + (call.compact_output ? in_row[m] : position) * call.output_stride + column;
+    const float* res =
+        call.residual ? call.residual + position * call.residual_stride + column : nullptr;
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t n = left - v * Vec::lanes;
+      if (n <= 0) break;
+      Vec y = acc[m][v];
+      const bool whole = n >= Vec::lanes;
+      if (res)
+        y = add(y, whole ? Vec::load(res + v * Vec::lanes)
+                         : Vec::load_part(res + v * Vec::lanes, (int)n));
+      if (call.relu) y = relu(y);
+      if (whole)
+        y.store(out + v * Vec::lanes);
+      else
+        y.store_part(out + v * Vec::lanes, (int)n);
+    }
+  }
+}
+
+static inline void dispatch_tile(int live, const ConvCall& call, const float* const* rows,
+                                 int64_t taps, int64_t range, int64_t first_channel,
+                                 const float* packed, int64_t column, const int64_t* in_row) {
+#if defined(SPARSIGHT_AVX512)
+  if (live > 8)
+    return conv_tile<12>(call, rows, taps, range, first_channel, packed, column, in_row, live);
+  if (live > 4)
+    return conv_tile<8>(call, rows, taps, range, first_channel, packed, column, in_row, live);
+#endif
+#if !defined(SPARSIGHT_AVX512) && !defined(SPARSIGHT_AVX2)
+  if (live > 1)
+    return conv_tile<2>(call, rows, taps, range, first_channel, packed, column, in_row, live);
+#else
+  if (live > 2)
+    return conv_tile<4>(call, rows, taps, range, first_channel, packed, column, in_row, live);
+  if (live > 1)
+    return conv_tile<2>(call, rows, taps, range, first_channel, packed, column, in_row, live);
+#endif
+  conv_tile<1>(call, rows, taps, range, first_channel, packed, column, in_row, live);
+}
+
+// Row pointers of up to kRows sites for all taps, [tap][kRows]; missing sites repeat the last one.
+static inline void gather_rows(const ConvCall& call, int64_t begin, int live, const float** rows,
+                               int64_t* in_row) {
+  const ConvGeometry& g = call.geometry;
+  for (int m = 0; m < kRows; ++m) {
+    const int64_t i = begin + (m < live ? m : live - 1);
+    in_row[m] = i;
+    if (call.compact_input) {
+      rows[m] = call.input + i * call.input_stride;
+      continue;
+    }
+    const SiteOrigin o = origin_of(g, site_at(call, i));
+    int64_t t = 0;
+    for (int64_t ky = 0; ky < g.kernel_h; ++ky)
+      for (int64_t kx = 0; kx < g.kernel_w; ++kx, ++t)
+        rows[t * kRows + m] = tap_row(call, o, ky, kx);
+  }
+}
+
+// Grouped and depthwise: a vector of channels stays in its lanes, the input is permuted in them.
+template <int WIDTH>
+static inline void lanes_site(const ConvCall& call, const float* const* rows, int64_t stride_rows,
+                              int64_t taps, int64_t channel, const float* packed, int64_t position,
+                              int64_t row) {
+  const ConvGeometry& g = call.geometry;
+  const int64_t left = g.out_channels - channel;
+  const int count = left < kLaneGroup ? (int)left : kLaneGroup;
+  float acc[kLaneGroup];
+  for (int l = 0; l < kLaneGroup; ++l)
+    acc[l] = call.bias && l < count ? call.bias[channel + l] : 0.0f;
+  for (int64_t t = 0; t < taps; ++t) {
+    float in[kLaneGroup];
+    const float* source = rows[t * stride_rows] + channel;
+    for (int l = 0; l < kLaneGroup; ++l) in[l] = l < count ? source[l] : 0.0f;
+    const float* w = packed + t * WIDTH * kLaneGroup;
+    for (int j = 0; j < WIDTH; ++j)
+      for (int l = 0; l < kLaneGroup; ++l)
+        acc[l] += in[l / WIDTH * WIDTH + j] * w[j * kLaneGroup + l];
+  }
+  float* out = call.output + (call.compact_output ? row : position) * call.output_stride + channel;
+  const float* res =
+      call.residual ? call.residual + position * call.residual_stride + channel : nullptr;
+  for (int l = 0; l < count; ++l) {
+    float y = acc[l] + (res ? res[l] : 0.0f);
+    out[l] = call.relu && y < 0.0f ? 0.0f : y;
+  }
+}
+
+static void conv_lanes(const ConvCall& call, int64_t panel_begin, int64_t panel_end, int64_t begin,
+                       int64_t end) {
+  const ConvGeometry& g = call.geometry;
+  const int64_t taps = g.kernel_h * g.kernel_w;
+  const int64_t width = g.in_channels / g.groups;
+  const int64_t block = taps * width * kLaneGroup;
+  const float* rows[kMaxTaps * kRows];
+  int64_t in_row[kRows];
+  for (int64_t tile = begin; tile < end; tile += kRows) {
+    const int live = end - tile < kRows ? (int)(end - tile) : kRows;
+    gather_rows(call, tile, live, rows, in_row);
+    for (int64_t channel = panel_begin * kPanel;
+         channel < panel_end * kPanel && channel < g.out_channels; channel += kLaneGroup) {
+      const float* packed = call.weight + channel / kLaneGroup * block;
+      for (int m = 0; m < live; ++m) {
+        const int64_t position = site_at(call, in_row[m]);
+        switch (width) {
+          case 1:
+            lanes_site<1>(call, rows + m, kRows, taps, channel, packed, position, in_row[m]);
+            break;
+          case 2:
+            lanes_site<2>(call, rows + m, kRows, taps, channel, packed, position, in_row[m]);
+            break;
+          case 4:
+            lanes_site<4>(call, rows + m, kRows, taps, channel, packed, position, in_row[m]);
+            break;
+          case 8:
+            lanes_site<8>(call, rows + m, kRows, taps, channel, packed, position, in_row[m]);
+            break;
+          default:
+            lanes_site<16>(call, rows + m, kRows, taps, channel, packed, position, in_row[m]);
+        }
+      }
+    }
+  }
+}
+
+static void conv(const ConvCall& call, int64_t panel_begin, int64_t panel_end, int64_t begin,
+                 int64_t end) {
+  if (call.kind == PackKind::lanes) return conv_lanes(call, panel_begin, panel_end, begin, end);
+  const ConvGeometry& g = call.geometry;
+  const int64_t taps = g.kernel_h * g.kernel_w;
+  const float* rows[kMaxTaps * kRows];
+  int64_t in_row[kRows];
+  const int64_t offset = packed_offset(g, PackKind::panel, panel_begin);
+  for (int64_t tile = begin; tile < end; tile += kRows) {
+    const int live = end - tile < kRows ? (int)(end - tile) : kRows;
+    gather_rows(call, tile, live, rows, in_row);
+    const float* packed = call.weight + offset;
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      int64_t first, last;
+      panel_input_range(g, panel, &first, &last);
+      const int64_t range = last - first;
+      for (int64_t half = 0; half < kPanel; half += kColumns) {
+        const int64_t column = panel * kPanel + half;
+        if (column >= g.out_channels) break;
+        dispatch_tile(live, call, rows, taps, range, first, packed + half, column, in_row);
+      }
+      packed += taps * range * kPanel;
+    }
+  }
+}

@@ -1,0 +1,101 @@
+// A small vector facade over float32, one definition per instruction set.
+//
+// Included inside namespace sparsight::SPARSIGHT_ISA by isa_*.cpp only, so that no symbol compiled
+// with wide instructions can be merged with another file's (the one-definition trap: numpy#25274).
+// No std:: templates here or in the bodies that use it.
+#if defined(SPARSIGHT_AVX512)
+
+struct Vec {
+  __m512 v;
+  static constexpr int lanes = 16;
+  static inline Vec zero() { return {_mm512_setzero_ps()}; }
+  static inline Vec set(float x) { return {_mm512_set1_ps(x)}; }
+  static inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static inline Vec load_part(const float* p, int n) {
+    return {_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1u), p)};
+  }
+  inline void store(float* p) const { _mm512_storeu_ps(p, v); }
+  inline void store_part(float* p, int n) const {
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1u), v);
+  }
+  inline float sum() const { return _mm512_reduce_add_ps(v); }
+};
+static inline Vec fma(Vec a, Vec b, Vec c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+static inline Vec add(Vec a, Vec b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+static inline Vec mul(Vec a, Vec b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
+// max(a, b) with b returned when a is NaN would hide NaN: the operand order keeps it.
+static inline Vec relu(Vec a) {
+  return {_mm512_max_ps(_mm512_setzero_ps(), a.v)};
+}
+
+#elif defined(SPARSIGHT_AVX2)
+
+static const int avx2_mask_table[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+
+struct Vec {
+  __m256 v;
+  static constexpr int lanes = 8;
+  static inline __m256i mask(int n) {
+    return _mm256_loadu_si256((const __m256i*)(avx2_mask_table + 8 - n));
+  }
+  static inline Vec zero() { return {_mm256_setzero_ps()}; }
+  static inline Vec set(float x) { return {_mm256_set1_ps(x)}; }
+  static inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static inline Vec load_part(const float* p, int n) { return {_mm256_maskload_ps(p, mask(n))}; }
+  inline void store(float* p) const { _mm256_storeu_ps(p, v); }
+  inline void store_part(float* p, int n) const { _mm256_maskstore_ps(p, mask(n), v); }
+  inline float sum() const {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    s = _mm_add_ss(s, _mm_shuffle_ps(s, s, 1));
+    return _mm_cvtss_f32(s);
+  }
+};
+static inline Vec fma(Vec a, Vec b, Vec c) {
+  return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+static inline Vec add(Vec a, Vec b) {
+  return {_mm256_add_ps(a.v, b.v)};
+}
+static inline Vec mul(Vec a, Vec b) {
+  return {_mm256_mul_ps(a.v, b.v)};
+}
+static inline Vec relu(Vec a) {
+  return {_mm256_max_ps(_mm256_setzero_ps(), a.v)};
+}
+
+#else
+
+struct Vec {
+  float v;
+  static constexpr int lanes = 1;
+  static inline Vec zero() { return {0.0f}; }
+  static inline Vec set(float x) { return {x}; }
+  static inline Vec load(const float* p) { return {*p}; }
+  static inline Vec load_part(const float* p, int n) { return {n > 0 ? *p : 0.0f}; }
+  inline void store(float* p) const { *p = v; }
+  inline void store_part(float* p, int n) const {
+    if (n > 0) *p = v;
+  }
+  inline float sum() const { return v; }
+};
+static inline Vec fma(Vec a, Vec b, Vec c) {
+  return {a.v * b.v + c.v};
+}
+static inline Vec add(Vec a, Vec b) {
+  return {a.v + b.v};
+}
+static inline Vec mul(Vec a, Vec b) {
+  return {a.v * b.v};
+}
+static inline Vec relu(Vec a) {
+  return {a.v < 0.0f ? 0.0f : a.v};
+}
+
+#endif

@@ -1,0 +1,13 @@
+"""Functions on tensors: the sampled computation itself.
+
+Enters: dense channels-last maps, weights, masks. Leaves: dense maps of static shape.
+May import torch, the compiled kernels and (lazily) triton; nothing else of sparsight.
+`reference` states every operator in plain aten; the registered operators must agree with it.
+"""
+
+from sparsight.ops import reference
+from sparsight.ops.conv import sampled_conv2d
+from sparsight.ops.interpolate import interpolate
+from sparsight.ops.sites import Sites, sites_from_mask
+
+__all__ = ["Sites", "interpolate", "reference", "sampled_conv2d", "sites_from_mask"]

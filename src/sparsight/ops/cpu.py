@@ -1,0 +1,208 @@
+"""From tensors to kernel calls: layouts, pointers, instruction set and threads.
+
+Arguments have passed the public door of the op; here only memory is arranged. `isa` is "auto" or one of
+`available_isas()`, `num_threads` None takes `torch.get_num_threads()`.
+"""
+
+import torch
+from torch import Tensor
+
+from sparsight import _kernels
+
+MAX_TAPS: int = _kernels.MAX_TAPS
+MAX_WINDOW: int = _kernels.MAX_WINDOW
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this machine runs, from the plainest to the fastest."""
+    return _kernels.available_isas()
+
+
+def threading_runtime() -> str:
+    """File name of the OpenMP runtime that the kernels share with torch, or "std::thread"."""
+    return _kernels.threading_runtime()
+
+
+def _threads(num_threads: int | None) -> int:
+    return torch.get_num_threads() if num_threads is None else num_threads
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def sites_from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Kernel form of `reference.sites_from_mask`."""
+    mask = mask.contiguous()
+    positions = mask.shape[2] * mask.shape[3]
+    index = torch.empty((mask.shape[0], positions), dtype=torch.int32)
+    count = torch.empty(mask.shape[0], dtype=torch.int32)
+    _kernels.list_sites_and_holes(
+        mask.data_ptr(), mask.shape[0], positions, index.data_ptr(), count.data_ptr()
+    )
+    return index, count
+
+
+def geometry(
+    weight_shape: tuple[int, ...],
+    input_size: tuple[int, int],
+    output_size: tuple[int, int],
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> list[int]:
+    """The 15 integers of `ConvGeometry`, in its order."""
+    out_channels, in_per_group, *kernel = weight_shape
+    return [
+        *input_size,
+        *output_size,
+        in_per_group * groups,
+        out_channels,
+        groups,
+        *kernel,
+        *stride,
+        *padding,
+        *dilation,
+    ]
+
+
+def sampled_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    count: Tensor,
+    output_size: tuple[int, int],
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    residual: Tensor | None,
+    relu: bool,
+    isa: str = "auto",
+    num_threads: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Float32 kernel form of `reference.sampled_conv2d`; `out` (channels-last) must hold zeros.
+
+    Weights are packed at each call; `freeze` packs them once.
+    """
+    x = _rows(x)
+    weight = weight.contiguous()
+    index = index.contiguous()
+    residual = None if residual is None else _rows(residual)
+    if out is None:
+        out = torch.zeros(
+            (x.shape[0], weight.shape[0], *output_size),
+            dtype=x.dtype,
+        ).contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.contiguous()
+    numbers = geometry(
+        tuple(weight.shape),
+        (x.shape[2], x.shape[3]),
+        output_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+    _kernels.sampled_conv(
+        x.data_ptr(),
+        weight.data_ptr(),
+        _pointer(bias),
+        index.data_ptr(),
+        count.contiguous().data_ptr(),
+        _pointer(residual),
+        out.data_ptr(),
+        x.shape[0],
+        numbers,
+        relu,
+        isa,
+        _threads(num_threads),
+    )
+    return out
+
+
+def interpolate(
+    features: Tensor,
+    mask: Tensor,
+    log_kernel: Tensor,
+    eps: float | None,
+    *,
+    isa: str = "auto",
+    num_threads: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Float32 kernel form of `reference.interpolate`, forward only."""
+    features = _rows(features)
+    mask = mask.contiguous()
+    log_kernel = log_kernel.contiguous()
+    out = torch.empty_like(features) if out is None else out
+    kernel = _kernels.hard_fill if mask.dtype == torch.bool else _kernels.soft_fill
+    batch, channels, height, width = features.shape
+    kernel(
+        features.data_ptr(),
+        mask.data_ptr(),
+        log_kernel.data_ptr(),
+        batch,
+        height,
+        width,
+        channels,
+        log_kernel.shape[0],
+        -1.0 if eps is None else eps,
+        out.data_ptr(),
+        isa,
+        _threads(num_threads),
+    )
+    return out
+
+
+def interpolate_backward(
+    grad: Tensor,
+    features: Tensor,
+    mask: Tensor,
+    log_kernel: Tensor,
+    eps: float | None,
+    *,
+    isa: str = "auto",
+    num_threads: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 kernel form of `reference.interpolate_backward`."""
+    hard = mask.dtype == torch.bool
+    grad, features = _rows(grad), _rows(features)
+    soft = mask.to(features.dtype).contiguous()
+    log_kernel = log_kernel.contiguous()
+    grad_features = torch.empty_like(features)
+    grad_mask = None if hard else torch.empty_like(soft)
+    grad_log_kernel = torch.empty_like(log_kernel)
+    batch, channels, height, width = features.shape
+    _kernels.soft_fill_backward(
+        features.data_ptr(),
+        soft.data_ptr(),
+        log_kernel.data_ptr(),
+        grad.data_ptr(),
+        batch,
+        height,
+        width,
+        channels,
+        log_kernel.shape[0],
+        -1.0 if eps is None else eps,
+        hard,
+        grad_features.data_ptr(),
+        _pointer(grad_mask),
+        grad_log_kernel.data_ptr(),
+        isa,
+        _threads(num_threads),
+    )
+    return (
+        grad_features,
+        features.new_zeros(()) if grad_mask is None else grad_mask,
+        grad_log_kernel,
+    )

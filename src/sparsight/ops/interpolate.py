@@ -1,0 +1,173 @@
+"""`interpolate`: keep the sites, fill the holes from the sites around them."""
+
+import torch
+from torch import Tensor
+
+from sparsight.ops import cpu, reference
+from sparsight.ops.operators import LIBRARY
+
+LIBRARY.define("interpolate(Tensor features, Tensor mask, Tensor log_kernel, float? eps) -> Tensor")
+LIBRARY.define(
+    "interpolate_backward(Tensor grad, Tensor features, Tensor mask, Tensor log_kernel, float? eps) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def _has_kernel(features: Tensor, log_kernel: Tensor) -> bool:
+    return (
+        features.dtype == torch.float32
+        and log_kernel.dtype == torch.float32
+        and log_kernel.shape[0] <= cpu.MAX_WINDOW
+    )
+
+
+@torch.library.impl(LIBRARY, "interpolate", "CompositeExplicitAutograd")
+def _interpolate_any(
+    features: Tensor, mask: Tensor, log_kernel: Tensor, eps: float | None
+) -> Tensor:
+    y = reference.interpolate(features, mask, log_kernel, eps)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.impl(LIBRARY, "interpolate", "CPU")
+def _interpolate_cpu(
+    features: Tensor, mask: Tensor, log_kernel: Tensor, eps: float | None
+) -> Tensor:
+    if not _has_kernel(features, log_kernel):
+        return _interpolate_any(features, mask, log_kernel, eps)
+    return cpu.interpolate(features, mask, log_kernel, eps)
+
+
+@torch.library.register_fake("sparsight::interpolate", lib=LIBRARY)
+def _interpolate_fake(
+    features: Tensor, mask: Tensor, log_kernel: Tensor, eps: float | None
+) -> Tensor:
+    return torch.empty_like(features).contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.impl(LIBRARY, "interpolate_backward", "CompositeExplicitAutograd")
+def _backward_any(
+    grad: Tensor, features: Tensor, mask: Tensor, log_kernel: Tensor, eps: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_features, grad_mask, grad_kernel = reference.interpolate_backward(
+        grad, features, mask, log_kernel, eps
+    )
+    return grad_features.contiguous(memory_format=torch.channels_last), grad_mask, grad_kernel
+
+
+@torch.library.impl(LIBRARY, "interpolate_backward", "CPU")
+def _backward_cpu(
+    grad: Tensor, features: Tensor, mask: Tensor, log_kernel: Tensor, eps: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _has_kernel(features, log_kernel):
+        return _backward_any(grad, features, mask, log_kernel, eps)
+    return cpu.interpolate_backward(grad, features, mask, log_kernel, eps)
+
+
+@torch.library.register_fake("sparsight::interpolate_backward", lib=LIBRARY)
+def _backward_fake(
+    grad: Tensor, features: Tensor, mask: Tensor, log_kernel: Tensor, eps: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    hard = mask.dtype == torch.bool
+    return (
+        torch.empty_like(features).contiguous(memory_format=torch.channels_last),
+        features.new_empty(()) if hard else torch.empty_like(mask).contiguous(),
+        torch.empty_like(log_kernel).contiguous(),
+    )
+
+
+def _setup(ctx, inputs, output) -> None:  # noqa: ANN001 (torch's own signature)
+    features, mask, log_kernel, eps = inputs
+    ctx.save_for_backward(features, mask, log_kernel)
+    ctx.eps = eps
+
+
+def _backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202 (torch's own signature)
+    features, mask, log_kernel = ctx.saved_tensors
+    grad_features, grad_mask, grad_kernel = torch.ops.sparsight.interpolate_backward(
+        grad, features, mask, log_kernel, ctx.eps
+    )
+    return grad_features, grad_mask if ctx.needs_input_grad[1] else None, grad_kernel, None
+
+
+torch.library.register_autograd(
+    "sparsight::interpolate", _backward, setup_context=_setup, lib=LIBRARY
+)
+
+
+def interpolate(
+    features: Tensor, mask: Tensor, log_kernel: Tensor, *, eps: float | None = None
+) -> Tensor:
+    """Keep the features at the sites and fill the holes with a weighted mean of the sites around them.
+
+    mask * features + (1 - mask) * I,  I_p = sum_q K(p-q) M_q Y_q / (sum_q K(p-q) M_q [+ eps]),
+    q over the K x K window of p inside the map, K = exp(log_kernel).
+
+    Args:
+        features: (B, C, H, W) floating point. With a bool mask the values off the sites are never read.
+        mask: (B, 1, H, W), bool (inference) or floating point in [0, 1] (training); a float mask must
+            have the dtype of `features`.
+        log_kernel: (K, K), K odd: the logarithm of a non-negative kernel (-inf is a weight of zero).
+        eps: None (default) divides exactly, in log space: the weights of a hole sum to one however
+            small the kernel is, and a hole that sees no site is 0. A number is added to the
+            denominator, as in the published code (1e-5): holes far from a site shrink to 0.
+
+    Returns:
+        (B, C, H, W) channels-last, the dtype of `features`.
+
+    Raises:
+        TypeError: dtypes are not floating point, or differ.
+        ValueError: shapes or devices do not fit, the window is even, eps is not positive.
+
+    Cost: at most K*K MACs per channel and hole; weights below 2^-30 of the sum are skipped (float32 on
+    the CPU, compiled kernel; other dtypes and devices run `ops.reference`).
+
+    Gradient: with respect to features, a float mask, and log_kernel.
+
+    Source: Xie et al., ECCV 2020 (arXiv 2003.08866), section 3.2. The division in log space is ours.
+    """
+    if features.ndim != 4:
+        raise ValueError(
+            f"interpolate: features have shape {tuple(features.shape)}; (B, C, H, W) is needed: add the "
+            "batch dimension with unsqueeze(0)."
+        )
+    if not features.is_floating_point():
+        raise TypeError(
+            f"interpolate: features have dtype {features.dtype}; floating point is needed: call .float()."
+        )
+    batch, _, height, width = features.shape
+    if mask.shape != (batch, 1, height, width):
+        raise ValueError(
+            f"interpolate: mask has shape {tuple(mask.shape)} but features have {tuple(features.shape)}; "
+            f"{(batch, 1, height, width)} is needed: one channel at the resolution of the features."
+        )
+    if mask.dtype not in (torch.bool, features.dtype):
+        raise TypeError(
+            f"interpolate: mask has dtype {mask.dtype}; bool or {features.dtype}, the dtype of the "
+            "features, is needed: convert the mask."
+        )
+    if (
+        log_kernel.ndim != 2
+        or log_kernel.shape[0] != log_kernel.shape[1]
+        or log_kernel.shape[0] % 2 == 0
+    ):
+        raise ValueError(
+            f"interpolate: log_kernel has shape {tuple(log_kernel.shape)}; (K, K) with K odd is needed: a "
+            "window has a centre."
+        )
+    if log_kernel.dtype != features.dtype:
+        raise TypeError(
+            f"interpolate: log_kernel has dtype {log_kernel.dtype} but features have {features.dtype}; one "
+            "dtype is needed: convert log_kernel."
+        )
+    if mask.device != features.device or log_kernel.device != features.device:
+        raise ValueError(
+            f"interpolate: features are on {features.device}, mask on {mask.device}, log_kernel on "
+            f"{log_kernel.device}; one device is needed: move them together."
+        )
+    if eps is not None and not eps > 0:
+        raise ValueError(
+            f"interpolate: eps is {eps}; None or a positive number is needed: None is exact, 1e-5 is the "
+            "published formula."
+        )
+    return torch.ops.sparsight.interpolate(features, mask, log_kernel, eps)
