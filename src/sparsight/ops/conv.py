@@ -160,14 +160,14 @@ def _conv_fake(
     return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
 
-def _conv_setup(ctx, inputs, output) -> None:  # noqa: ANN001 (torch's own signature)
+def _conv_setup(ctx, inputs, output) -> None:
     x, weight, bias, index, count, size, stride, padding, dilation, groups, residual, relu = inputs
     ctx.save_for_backward(x, weight, index, count, output if relu else None)
     ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
     ctx.numbers = size, stride, padding, dilation, groups
 
 
-def _conv_backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202 (torch's own signature)
+def _conv_backward(ctx, grad: Tensor):
     x, weight, index, count, output = ctx.saved_tensors
     size, stride, padding, dilation, groups = ctx.numbers
     active = reference.mask_from_sites(index, count, size[0], size[1])

@@ -76,13 +76,13 @@ def _backward_fake(
     )
 
 
-def _setup(ctx, inputs, output) -> None:  # noqa: ANN001 (torch's own signature)
+def _setup(ctx, inputs, output) -> None:
     features, mask, log_kernel, eps = inputs
     ctx.save_for_backward(features, mask, log_kernel)
     ctx.eps = eps
 
 
-def _backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202 (torch's own signature)
+def _backward(ctx, grad: Tensor):
     features, mask, log_kernel = ctx.saved_tensors
     grad_features, grad_mask, grad_kernel = torch.ops.sparsight.interpolate_backward(
         grad, features, mask, log_kernel, ctx.eps
@@ -105,18 +105,17 @@ def interpolate(
 
     Args:
         features: (B, C, H, W) floating point. With a bool mask the values off the sites are never read.
-        mask: (B, 1, H, W), bool (inference) or floating point in [0, 1] (training); a float mask must
-            have the dtype of `features`.
+        mask: (B, 1, H, W), bool (inference) or floating point in [0, 1] (training).
         log_kernel: (K, K), K odd: the logarithm of a non-negative kernel (-inf is a weight of zero).
         eps: None (default) divides exactly, in log space: the weights of a hole sum to one however
             small the kernel is, and a hole that sees no site is 0. A number is added to the
             denominator, as in the published code (1e-5): holes far from a site shrink to 0.
 
     Returns:
-        (B, C, H, W) channels-last, the dtype of `features`.
+        (B, C, H, W) channels-last, the dtype of `features`; computed in float32 at least.
 
     Raises:
-        TypeError: dtypes are not floating point, or differ.
+        TypeError: dtypes are not floating point (bool for the mask).
         ValueError: shapes or devices do not fit, the window is even, eps is not positive.
 
     Cost: at most K*K MACs per channel and hole; weights below 2^-30 of the sum are skipped (float32 on
@@ -141,10 +140,10 @@ def interpolate(
             f"interpolate: mask has shape {tuple(mask.shape)} but features have {tuple(features.shape)}; "
             f"{(batch, 1, height, width)} is needed: one channel at the resolution of the features."
         )
-    if mask.dtype not in (torch.bool, features.dtype):
+    if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(
-            f"interpolate: mask has dtype {mask.dtype}; bool or {features.dtype}, the dtype of the "
-            "features, is needed: convert the mask."
+            f"interpolate: mask has dtype {mask.dtype}; bool or floating point is needed: threshold "
+            "it, e.g. mask >= 0.5."
         )
     if (
         log_kernel.ndim != 2
@@ -155,10 +154,10 @@ def interpolate(
             f"interpolate: log_kernel has shape {tuple(log_kernel.shape)}; (K, K) with K odd is needed: a "
             "window has a centre."
         )
-    if log_kernel.dtype != features.dtype:
+    if not log_kernel.is_floating_point():
         raise TypeError(
-            f"interpolate: log_kernel has dtype {log_kernel.dtype} but features have {features.dtype}; one "
-            "dtype is needed: convert log_kernel."
+            f"interpolate: log_kernel has dtype {log_kernel.dtype}; floating point is needed: call "
+            ".float()."
         )
     if mask.device != features.device or log_kernel.device != features.device:
         raise ValueError(
@@ -170,4 +169,8 @@ def interpolate(
             f"interpolate: eps is {eps}; None or a positive number is needed: None is exact, 1e-5 is the "
             "published formula."
         )
-    return torch.ops.sparsight.interpolate(features, mask, log_kernel, eps)
+    # Half precision would lose the exponents: at least float32 inside, whatever autocast made.
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    soft = mask if mask.dtype == torch.bool else mask.to(dtype)
+    filled = torch.ops.sparsight.interpolate(features.to(dtype), soft, log_kernel.to(dtype), eps)
+    return filled.to(features.dtype)
