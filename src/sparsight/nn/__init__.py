@@ -1,0 +1,36 @@
+"""Modules that decide where to compute, compute there, and fill in the rest.
+
+Enters: dense maps, and convolutions or residual blocks to wrap. Leaves: modules with the same call
+contract, and the decisions they make. May import `sparsight.ops`; no other room.
+"""
+
+from sparsight.nn.interpolation import (
+    AveragePoolInterpolation,
+    ConvInterpolation,
+    NearestInterpolation,
+    RBFInterpolation,
+    ZeroFill,
+)
+from sparsight.nn.noise import blue_noise_tile
+from sparsight.nn.objective import sampling_loss
+from sparsight.nn.record import RecordedDecision, SamplingRecord, record_sampling
+from sparsight.nn.sampled_block import SampledBlock
+from sparsight.nn.sampled_conv import SampledConv2d
+from sparsight.nn.sampler import Sampler, SamplingDecision
+
+__all__ = [
+    "AveragePoolInterpolation",
+    "ConvInterpolation",
+    "NearestInterpolation",
+    "RBFInterpolation",
+    "RecordedDecision",
+    "SampledBlock",
+    "SampledConv2d",
+    "Sampler",
+    "SamplingDecision",
+    "SamplingRecord",
+    "ZeroFill",
+    "blue_noise_tile",
+    "record_sampling",
+    "sampling_loss",
+]

@@ -1,0 +1,242 @@
+"""A residual block whose convolutions are computed where samplers say so."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparsight.nn.sampled_conv import macs_per_position
+
+__all__ = ["Layout", "SampledBlock"]
+
+Layout = Literal["a", "b", "c"]
+
+# The decision that gates each convolution, by layout and number of convolutions. The first decision
+# of a basic block in layout b gates what its 3x3 leaves for the second: there b and c are the same.
+_DECISIONS: dict[tuple[str, int], tuple[int, ...]] = {
+    ("a", 2): (0, 0),
+    ("b", 2): (0, 1),
+    ("c", 2): (0, 1),
+    ("a", 3): (0, 0, 0),
+    ("b", 3): (0, 1, 1),
+    ("c", 3): (0, 1, 2),
+}
+
+
+class SampledBlock(nn.Module):
+    """A basic or bottleneck residual block, sampled and interpolated.
+
+    All masks are decided from the block's input. With fill_i the interpolation over mask i, a
+    bottleneck in layout b is::
+
+        h   = fill_0(relu(bn1(conv1(x))))
+        h   = relu(bn2(conv2(h)))
+        out = relu(fill_1(bn3(conv3(h))) + shortcut(x))
+
+    The fill of the residual branch comes after its last norm; a hole that sees no site adds zero to
+    the shortcut. The shortcut stays dense. This module computes densely and applies masks
+    afterwards: it is for training, and it defines the result. `sparsight.freeze` makes the version
+    that skips the holes. With masks all true the block equals its source.
+
+    Attributes:
+        samplers: ModuleList, one sampler per decision: 1 in layout a, 2 in b, 3 in c (2 for a basic
+            block).
+        interpolations: ModuleList, one module per decision.
+        layout: "a", "b" or "c".
+
+    The other children (conv1, bn1, conv2, bn2, conv3, bn3, relu, downsample) and `stride` are the
+    source's, under its names, so that the state of the source loads.
+
+    Args:
+        block: residual block with the children and the forward of torchvision's `BasicBlock` or
+            `Bottleneck`. Its children move here, they are not copied.
+        layout: "a" shares one mask among all convolutions. "b" (default in `sparsify`, the paper's
+            choice) has one for conv1 and one for the rest. "c" has one per convolution. In layout a
+            the mask has the size of conv1's output; later convolutions of stride s read every s-th
+            row and column of it.
+        sampler: called as ``sampler(in_channels, stride=stride)`` for each decision.
+        interpolation: a module, copied for each decision, or a callable that returns one.
+
+    Raises:
+        ValueError: if `layout` is unknown.
+
+    Source: Xie et al., ECCV 2020, arXiv 2003.08866, section 3.4 and figure 4. The published code
+    interpolates conv3's input. That is the same where the weights sum to one, and a quarter of the
+    work, so we do it as well then (`interpolation.preserves_constants`) and set to zero what sees
+    no site. Basic blocks are ours: theirs are not published.
+    """
+
+    conv1: nn.Conv2d
+    relu: nn.Module
+    downsample: nn.Module | None
+
+    def __init__(
+        self,
+        block: nn.Module,
+        *,
+        layout: Layout = "b",
+        sampler: Callable[..., nn.Module],
+        interpolation: nn.Module | Callable[[], nn.Module],
+    ) -> None:
+        super().__init__()
+        if layout not in ("a", "b", "c"):
+            raise ValueError(
+                f"SampledBlock: layout is {layout!r}, but must be 'a', 'b' or 'c'; "
+                "pass 'b' for the paper's choice."
+            )
+        num_convs = 3 if hasattr(block, "conv3") else 2
+        for i in range(1, num_convs + 1):
+            setattr(self, f"conv{i}", getattr(block, f"conv{i}"))
+            setattr(self, f"bn{i}", getattr(block, f"bn{i}"))
+        self.relu = cast(nn.Module, block.relu)
+        self.downsample = cast("nn.Module | None", block.downsample)
+        self.stride = block.stride
+        self.layout: Layout = layout
+        self._decision_of = _DECISIONS[layout, num_convs]
+
+        samplers, interpolations = [], []
+        for decision in range(max(self._decision_of) + 1):
+            first = self._decision_of.index(decision)
+            vertical, horizontal = _total_stride(self._convs()[: first + 1])
+            stride = vertical if vertical == horizontal else (vertical, horizontal)
+            samplers.append(sampler(self.conv1.in_channels, stride=stride))
+            if isinstance(interpolation, nn.Module):
+                interpolations.append(copy.deepcopy(interpolation))
+            else:
+                interpolations.append(interpolation())
+        self.samplers = nn.ModuleList(samplers)
+        self.interpolations = nn.ModuleList(interpolations)
+        # Only these: the children keep their modes, norms in eval mode under a training block too.
+        self.training = block.training
+        self.samplers.train(block.training)
+        self.interpolations.train(block.training)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B O Ho Wo"]:
+        """Compute the block.
+
+        Args:
+            x: (B, C, H, W) float, any memory format, down to 1x1.
+
+        Returns:
+            (B, O, Ho, Wo), as the source block.
+
+        Raises:
+            TypeError: as :meth:`Sampler.forward`.
+            ValueError: as :meth:`Sampler.forward`.
+
+        Gradient: to `x`, all parameters, and through the relaxed masks to the samplers.
+        """
+        masks = [sampler(x).weights for sampler in self.samplers]
+        parts = self.convolutions()
+        last = len(parts) - 1
+
+        features = x
+        for i, (_, conv, norm, _) in enumerate(parts[:last]):
+            features = self.relu(norm(conv(features)))
+            if not self._stays_on_sites(i):
+                features = self._fill(i, features, masks)
+        _, conv, norm, decision = parts[last]
+        if self._fills_before_last():
+            branch = norm(conv(self._fill(last - 1, features, masks)))
+            window = cast(int, self.interpolations[decision].window)
+            seen = _sees_site(self._mask_of(last, masks), window)
+            branch = torch.where(seen, branch, 0.0)
+        else:
+            branch = self._fill(last, norm(conv(features)), masks)
+
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu(branch + shortcut)
+
+    def convolutions(self) -> list[tuple[str, nn.Conv2d, nn.Module, int]]:
+        """Every convolution of the residual branch: (name, convolution, norm, decision index)."""
+        return [
+            (f"conv{i + 1}", conv, getattr(self, f"bn{i + 1}"), self._decision_of[i])
+            for i, conv in enumerate(self._convs())
+        ]
+
+    def mask_strides(self) -> list[tuple[int, int]]:
+        """For every convolution, the steps at which it reads its decision's mask.
+
+        (1, 1) but for layout a with a stride after conv1, where one mask serves two resolutions.
+        """
+        convs = self._convs()
+        strides = []
+        for i, decision in enumerate(self._decision_of):
+            first = self._decision_of.index(decision)
+            strides.append(_total_stride(convs[first + 1 : i + 1]))
+        return strides
+
+    def samplers_named(self) -> list[tuple[str, nn.Module]]:
+        """The samplers owned here, by relative name; the index in this list is the decision's."""
+        return [(f"samplers.{i}", sampler) for i, sampler in enumerate(self.samplers)]
+
+    def gated_macs(self, i: int, height: int, width: int) -> int:
+        """Dense multiply-adds per image that decision `i` gates.
+
+        Args:
+            i: index of the decision.
+            height: of the decision's mask.
+            width: of the decision's mask.
+
+        Returns:
+            Sum over the convolutions it gates of output size times multiply-adds per position.
+
+        Raises:
+            IndexError: if there is no such decision.
+        """
+        if not 0 <= i < len(self.samplers):
+            raise IndexError(
+                f"SampledBlock.gated_macs: i is {i}, but layout {self.layout!r} has "
+                f"{len(self.samplers)} decisions here; pass 0 to {len(self.samplers) - 1}."
+            )
+        total = 0
+        convs_and_strides = zip(self._convs(), self.mask_strides(), strict=True)
+        for decision, (conv, (down, right)) in zip(
+            self._decision_of, convs_and_strides, strict=True
+        ):
+            if decision == i:
+                size = math.ceil(height / down) * math.ceil(width / right)
+                total += size * macs_per_position(conv)
+        return total
+
+    def _convs(self) -> list[nn.Conv2d]:
+        return [getattr(self, f"conv{i}") for i in range(1, len(self._decision_of) + 1)]
+
+    def _mask_of(self, i: int, masks: list[Tensor]) -> Tensor:
+        down, right = self.mask_strides()[i]
+        mask = masks[self._decision_of[i]]
+        return mask if down == right == 1 else mask[..., ::down, ::right]
+
+    def _fill(self, i: int, features: Tensor, masks: list[Tensor]) -> Tensor:
+        """Fill what convolution i left out."""
+        return self.interpolations[self._decision_of[i]](features, self._mask_of(i, masks))
+
+    def _stays_on_sites(self, i: int) -> bool:
+        """Whether convolution i + 1 reads convolution i's output at its own sites only."""
+        return i == 1 and self._decision_of[1] == self._decision_of[2]
+
+    def _fills_before_last(self) -> bool:
+        """Whether conv3's input may be filled in place of its output."""
+        last = len(self._decision_of) - 1
+        interpolation = self.interpolations[self._decision_of[last]]
+        commutes = getattr(interpolation, "preserves_constants", False)
+        return self._stays_on_sites(last - 1) and commutes
+
+    def extra_repr(self) -> str:
+        """The layout, for repr."""
+        return f"layout={self.layout!r}"
+
+
+def _total_stride(convs: list[nn.Conv2d]) -> tuple[int, int]:
+    return math.prod(conv.stride[0] for conv in convs), math.prod(conv.stride[1] for conv in convs)
+
+
+def _sees_site(mask: Tensor, window: int) -> Tensor:
+    """Where the window around a position holds a site, for a bool or float (B, 1, H, W) mask."""
+    is_site = mask if mask.dtype == torch.bool else mask > 0
+    return F.max_pool2d(is_site.float(), window, stride=1, padding=window // 2) > 0
