@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 __all__ = ["ConversionError", "Targets", "find_targets"]
@@ -263,7 +262,7 @@ def refuse_conv(conv: nn.Conv2d) -> str | None:
 
 
 def _refuse_conv_kind(conv: Any) -> str | None:
-    if isinstance(conv, LazyModuleMixin) and nn.parameter.is_lazy(conv.weight):
+    if _is_lazy(conv):
         return "it is lazy and has no weight yet; run the model once first"
     if not isinstance(conv, nn.Conv2d):
         return f"a {type(conv).__name__} is not a Conv2d"
@@ -279,7 +278,7 @@ def _refuse_conv_kind(conv: Any) -> str | None:
 
 
 def _refuse_norm(norm: Any) -> str | None:
-    if isinstance(norm, LazyModuleMixin) and nn.parameter.is_lazy(norm.weight):
+    if _is_lazy(norm):
         return "it is lazy and has no statistics yet; run the model once first"
     buffers = ("running_mean", "running_var")
     if any(cls.__name__ == "FrozenBatchNorm2d" for cls in type(norm).__mro__):
@@ -293,6 +292,10 @@ def _refuse_norm(norm: Any) -> str | None:
     if norm.running_mean is None:
         return "it keeps no running statistics, so that it depends on all positions"
     return None
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False))
 
 
 def _refuse_replacement(module: nn.Module) -> str | None:
