@@ -12,6 +12,8 @@
 
 constexpr int kMaxWindowTaps = kMaxWindow * kMaxWindow;
 constexpr float kNegligible = 9.3132257e-10f;  // 2^-30
+// Bound of dI/dM: without it a narrow kernel beside a mask of 0 overflows, and inf * 0 is NaN.
+constexpr float kSteepest = 1.2089258e24f;  // 2^80, as in ops/reference.py
 
 // out[0..channels) = relu?(sum_i weight[i] * rows[i] + residual)
 static inline void combine_rows(const float* const* rows, const float* weights, int count,
@@ -240,7 +242,8 @@ static void soft_fill_backward_sites(const SoftFillCall& call, int64_t row_begin
           if (!(unit > kNegligible)) continue;
           const float* g = call.grad + p * call.channels;
           const float slope = hole * dot_rows(g, features, call.channels) - call.projected[p];
-          mask_sum += unit * slope;
+          mask_sum += (unit < kSteepest ? unit : kSteepest) * slope;
+          if (m == 0.0f) continue;
           kernel_sum[tap] += unit * m * slope;
           if (unit * m > kNegligible) {
             weights[kept] = unit * m * hole;

@@ -14,7 +14,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def pair(value: int | tuple[int, int], *, name: str, minimum: int) -> tuple[int, int]:
     """A vertical and a horizontal integer, checked."""
-    both = (value, value) if isinstance(value, int) else tuple(value)
+    both = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(both) != 2 or any(not isinstance(v, int) or v < minimum for v in both):
         raise ValueError(
             f"sampled_conv2d: {name} is {value!r}; an integer >= {minimum} or two of them are needed: "
@@ -241,6 +241,8 @@ def sampled_conv2d(
     Gradient: with respect to x, weight, bias and residual; zero from positions off the sites.
 
     Example:
+        >>> import torch
+        >>> from sparsight.ops import sampled_conv2d, sites_from_mask
         >>> x = torch.ones(1, 2, 3, 3)
         >>> mask = torch.eye(3, dtype=torch.bool).view(1, 1, 3, 3)
         >>> sampled_conv2d(x, torch.ones(1, 2, 1, 1), sites=sites_from_mask(mask)).sum()

@@ -123,6 +123,14 @@ def interpolate(
 
     Gradient: with respect to features, a float mask, and log_kernel.
 
+    Example:
+        >>> import torch
+        >>> from sparsight.ops import interpolate
+        >>> features = torch.tensor([4.0, 0.0, 8.0]).view(1, 1, 1, 3)
+        >>> mask = torch.tensor([True, False, True]).view(1, 1, 1, 3)
+        >>> interpolate(features, mask, torch.zeros(3, 3)).flatten()
+        tensor([4., 6., 8.])
+
     Source: Xie et al., ECCV 2020 (arXiv 2003.08866), section 3.2. The division in log space is ours.
     """
     if features.ndim != 4:

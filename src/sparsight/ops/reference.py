@@ -133,7 +133,8 @@ def interpolate_backward(
 
     With weights w_pq normalised over q, hole share h_p = 1 - M_p, and the slope
     s_pq = h_p g_p . (Y_q - I_p): dY_q = M_q g_q + sum_p h_p w_pq g_p, dlogK = sum_pq w_pq s_pq, and
-    dM_q = g_q . (Y_q - I_q) + sum_p (w_pq / M_q) s_pq, where w_pq / M_q stays finite as M_q -> 0.
+    dM_q = g_q . (Y_q - I_q) + sum_p (w_pq / M_q) s_pq, where w_pq / M_q stays finite as M_q -> 0 and is
+    bounded by 2^80: beside a narrow kernel it would overflow, and inf times a vanishing factor is NaN.
 
     Args:
         grad: (B, C, H, W), the gradient of the result.
@@ -172,6 +173,7 @@ def interpolate_backward(
     for tap, (dy, dx) in enumerate(taps):
         filled = filled + weights[tap] * inverse * _window(padded_values, dy, dx, height, width)
     hole = 1 - soft
+    steepest = min(2.0**80, torch.finfo(features.dtype).max)
     through = (grad * filled).sum(1, keepdim=True)
     padded_grad_features = torch.zeros_like(padded_values)
     padded_grad_mask = torch.zeros_like(padded_log)
@@ -182,7 +184,7 @@ def interpolate_backward(
         weight = weights[tap] * inverse
         grad_kernel[dy, dx] = (weight * slope).sum()
         _window(padded_grad_features, dy, dx, height, width).add_(hole * weight * grad)
-        unit = (log_kernel[dy, dx] - shift).exp() * inverse
+        unit = ((log_kernel[dy, dx] - shift).exp() * inverse).clamp_max(steepest)
         _window(padded_grad_mask, dy, dx, height, width).add_(unit * slope)
     inside = (
         slice(None),

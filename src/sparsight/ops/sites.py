@@ -18,12 +18,30 @@ class Sites:
         count: (B,) int32; how many of `index` are active.
         height: Ho.
         width: Wo.
+
+    Raises:
+        TypeError: index or count is not int32.
+        ValueError: their shapes do not fit. Their values are trusted: `sites_from_mask` makes them.
     """
 
     index: Tensor
     count: Tensor
     height: int
     width: int
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("index", self.index), ("count", self.count)):
+            if tensor.dtype != torch.int32:
+                raise TypeError(
+                    f"Sites: {name} has dtype {tensor.dtype}; torch.int32 is needed: build sites with "
+                    "sites_from_mask."
+                )
+        needed = (*self.count.shape, self.height * self.width)
+        if self.count.ndim != 1 or self.index.shape != needed:
+            raise ValueError(
+                f"Sites: index has shape {tuple(self.index.shape)} and count {tuple(self.count.shape)}; "
+                f"(B, {self.height * self.width}) and (B,) are needed: build sites with sites_from_mask."
+            )
 
     def to_mask(self) -> Tensor:
         """The (B, 1, Ho, Wo) bool mask that these sites came from."""
@@ -42,6 +60,13 @@ def sites_from_mask(mask: Tensor) -> Sites:
     Raises:
         TypeError: the mask is not bool.
         ValueError: the mask is not (B, 1, Ho, Wo).
+
+    Example:
+        >>> import torch
+        >>> from sparsight.ops import sites_from_mask
+        >>> sites = sites_from_mask(torch.eye(2, dtype=torch.bool).view(1, 1, 2, 2))
+        >>> sites.index, sites.count  # the active positions, then the holes
+        (tensor([[0, 3, 1, 2]], dtype=torch.int32), tensor([2], dtype=torch.int32))
     """
     check_mask("sites_from_mask", mask)
     index, count = torch.ops.sparsight.sites_from_mask(mask)
