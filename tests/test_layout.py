@@ -1,9 +1,12 @@
-"""The house rules of DESIGN.md, read from the source text: who may import whom, and what lies where.
+"""The house rules of DESIGN.md, read from the source text: who may import whom, and what lies
+where.
 
-Every rule is a function from a project root to a list of complaints. Each is run on this project, where it must
-find nothing, and on a small project made up for it, where it must find exactly what was planted.
+Every rule is a function from a project root to a list of complaints. Each is run on this project,
+where it must find nothing, and on a small project made up for it, where it must find exactly what
+was planted.
 
-Imports are read with `ast`, so a lazy import inside a function counts as much as one at the top of the file.
+Imports are read with `ast`, so a lazy import inside a function counts as much as one at the top of
+the file.
 """
 
 import ast
@@ -31,10 +34,12 @@ FLOOR = {
     "cli": 7,  # `sparsight demo` is a command: cli stands on demo, never the other way round
 }
 ROOMS = [name for name in FLOOR if name not in ("_kernels", "demo", "cli")]
-# `import sparsight` must stay light: the package itself names what inference needs, nothing of training.
+# `import sparsight` must stay light: the package itself names what inference needs, nothing of
+# training.
 PACKAGE_INIT_FLOOR = FLOOR["measure"]
 
-# Each heavy third party has one home: paths inside src/sparsight, a folder standing for all that is in it.
+# Each heavy third party has one home: paths inside src/sparsight, a folder standing for all that is
+# in it.
 HOMES = {
     "triton": ["ops/triton"],
     "lightning": ["train"],
@@ -43,8 +48,9 @@ HOMES = {
     "onnx": ["export/onnx.py"],
     "onnxruntime": ["export/onnx.py"],
     "onnxscript": ["export/onnx.py"],
-    # semantic_fpn is built on torchvision's ResNets by default, as faster_rcnn is on its detectors; the modules
-    # that find residual blocks (convert) recognise them by shape and name instead, so that timm's match as well.
+    # semantic_fpn is built on torchvision's ResNets by default, as faster_rcnn is on its detectors;
+    # the modules that find residual blocks (convert) recognise them by shape and name instead, so
+    # that timm's match as well.
     "torchvision": ["models/faster_rcnn.py", "models/semantic_fpn.py", "train/data"],
     "timm": ["models/faster_rcnn.py", "train/data"],
     "openvino": [],  # a rival in bench/, never a dependency
@@ -67,7 +73,7 @@ def python_files(root: Path) -> Iterator[tuple[Path, ast.Module, str]]:
 
 
 def imported_modules(tree: ast.Module, relative: Path) -> Iterator[tuple[str, int]]:
-    """Every module a file imports, absolute and dotted, with the line; `from a import b` yields a.b."""
+    """Every module a file imports, absolute, with the line; `from a import b` yields a.b."""
     package_parts = [PACKAGE, *relative.parent.parts]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -100,7 +106,9 @@ def arrow_complaints(root: Path) -> list[str]:
         is_package = relative.as_posix() == "__init__.py"
         floor = PACKAGE_INIT_FLOOR if is_package else FLOOR.get(own)
         if floor is None:
-            complaints.append(f"{relative}: {own} is no room of the house; add it to DESIGN.md first")
+            complaints.append(
+                f"{relative}: {own} is no room of the house; add it to DESIGN.md first"
+            )
             continue
         for module, line in imported_modules(tree, relative):
             parts = module.split(".")
@@ -127,7 +135,9 @@ def home_complaints(root: Path) -> list[str]:
         for module, line in imported_modules(tree, relative):
             third_party = module.split(".")[0]
             homes = HOMES.get(third_party)
-            if homes is None or any(where == home or where.startswith(home + "/") for home in homes):
+            if homes is None or any(
+                where == home or where.startswith(home + "/") for home in homes
+            ):
                 continue
             complaints.append(f"{where}:{line}: {third_party} lives in {homes or 'no room'}")
     return complaints
@@ -145,7 +155,7 @@ def mirror_complaints(root: Path) -> list[str]:
 
 
 def orphan_complaints(root: Path) -> list[str]:
-    """Tests in a room's folder that name no module: a law that crosses rooms belongs directly in tests/."""
+    """Tests in a room's folder that name no module: what crosses rooms belongs in tests/ itself."""
     complaints = []
     for room in ROOMS:
         for test in sorted((root / "tests" / room).rglob("test_*.py")):
@@ -271,7 +281,10 @@ def test_a_wrong_arrow_is_found(tmp_path, name, text):
     ("name", "text"),
     [
         ("ops/cpu.py", "from sparsight import _kernels"),
-        ("nn/a.py", "from sparsight.ops import interpolate\nfrom sparsight.nn.sampler import Sampler"),
+        (
+            "nn/a.py",
+            "from sparsight.ops import interpolate\nfrom sparsight.nn.sampler import Sampler",
+        ),
         ("nn/a.py", "from ..ops.conv import sampled_conv2d\nfrom .sampler import Sampler"),
         ("measure/a.py", "from sparsight import nn, convert"),
         ("cli.py", "def main():\n    from sparsight import demo"),

@@ -1,0 +1,30 @@
+"""Counting and timing: what a model computes for one input, and how long it takes.
+
+Enters: a model (ordinary, converted or frozen) or several callables, and what they take. Leaves:
+    dataclasses with
+the unit in each number's name, which print as tables, and dated report files. May import nn, ops
+and convert; never train.
+"""
+
+from sparsight.measure.environment import environment
+from sparsight.measure.latency import Latency, LatencyComparison, measure_latency
+from sparsight.measure.macs import MacCount, count_macs
+from sparsight.measure.profiler import LayerProfile, Profile, profile
+from sparsight.measure.report import environment_block, markdown_table, write_report
+from sparsight.measure.sampled_layers import LayerMacs
+
+__all__ = [
+    "Latency",
+    "LatencyComparison",
+    "LayerMacs",
+    "LayerProfile",
+    "MacCount",
+    "Profile",
+    "count_macs",
+    "environment",
+    "environment_block",
+    "markdown_table",
+    "measure_latency",
+    "profile",
+    "write_report",
+]
