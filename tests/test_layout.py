@@ -45,13 +45,19 @@ HOMES = {
     "lightning": ["train"],
     "pytorch_lightning": ["train"],
     "torchmetrics": ["train"],
+    "jsonargparse": ["cli.py"],
+    "matplotlib": ["train/pictures.py"],
     "onnx": ["export/onnx.py"],
     "onnxruntime": ["export/onnx.py"],
     "onnxscript": ["export/onnx.py"],
-    # semantic_fpn is built on torchvision's ResNets by default, as faster_rcnn is on its detectors;
-    # the modules that find residual blocks (convert) recognise them by shape and name instead, so
-    # that timm's match as well.
-    "torchvision": ["models/faster_rcnn.py", "models/semantic_fpn.py", "train/data"],
+    # In models/, only what wraps torchvision's own architectures or takes its ResNet as backbone.
+    # What finds residual blocks (convert) knows them by their children, so that timm's match too.
+    "torchvision": [
+        "models/faster_rcnn.py",
+        "models/semantic_fpn.py",
+        "models/torchvision_segmentation.py",
+        "train/data",
+    ],
     "timm": ["models/faster_rcnn.py", "train/data"],
     "openvino": [],  # a rival in bench/, never a dependency
 }

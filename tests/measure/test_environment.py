@@ -45,7 +45,7 @@ def git(folder, *arguments):
 
 
 def test_commit_of_a_tracked_file(tmp_path):
-    """The commit is that of the checkout the file belongs to, marked when something in it changed."""
+    """The commit of the checkout that the file belongs to, marked when something changed."""
     tracked, stranger = tmp_path / "tracked.py", tmp_path / "stranger.py"
     tracked.write_text("1")
     assert _commit(tracked) == ""

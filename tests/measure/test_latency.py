@@ -83,7 +83,7 @@ def test_a_single_callable(clock):
     [({}, {}), ({"a": print}, {"repeats": 0}), ({"a": print}, {"warmup": -1})],
 )
 def test_nothing_to_measure_is_refused(candidates, options):
-    with pytest.raises(ValueError, match="measure_latency: got .* required; name what to measure"):
+    with pytest.raises(ValueError, match=r"measure_latency: got .* required; name what to measure"):
         measure_latency(candidates, **options)
 
 
