@@ -370,3 +370,8 @@ def test_unpickling_and_machine_paths_are_found(tmp_path):
     )
     found = [complaint.split(":")[0] for complaint in safety_complaints(tmp_path)]
     assert found == ["train/a.py", "train/b.py", "train/d.py"]
+
+
+def test_annotations_are_shipped():
+    """PEP 561: without this file type checkers ignore every annotation of an installed sparsight."""
+    assert (ROOT / "src" / PACKAGE / "py.typed").exists()
