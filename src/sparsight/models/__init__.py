@@ -1,0 +1,11 @@
+"""Architectures, one file each; the backbone is an argument.
+
+Enters: a backbone and a number of classes. Leaves: an ordinary dense `nn.Module` with the call
+contract of torchvision's models, ready for `sparsight.sparsify`. May import: nn and below;
+torchvision only to build a backbone that was asked for by name.
+"""
+
+from sparsight.models.semantic_fpn import SemanticFPN, semantic_fpn
+from sparsight.models.torchvision_segmentation import torchvision_segmentation
+
+__all__ = ["SemanticFPN", "semantic_fpn", "torchvision_segmentation"]

@@ -1,0 +1,230 @@
+"""Semantic FPN: a feature pyramid merged at stride 4 and classified per pixel.
+
+Letters in shapes: B batch, C channels, H W height and width in pixels, K number of classes.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BackboneName = Literal["resnet18", "resnet34", "resnet50"]
+
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+class ResNetStages(nn.Module):
+    """The four stage outputs of a ResNet, without its pooling and classifier.
+
+    Children keep the names they have in torchvision, so a classification state_dict loads with
+    `strict=False` (only `fc.*` is left over) and `sparsight.sparsify` finds the residual blocks.
+
+    Args:
+        resnet: module with torchvision's attributes `conv1`, `bn1`, `relu`, `maxpool`, `layer1` to
+            `layer4`.
+
+    Raises:
+        ValueError: if one of those attributes is missing.
+    """
+
+    def __init__(self, resnet: nn.Module) -> None:
+        super().__init__()
+        names = ("conv1", "bn1", "relu", "maxpool", *_STAGES)
+        missing = [name for name in names if not isinstance(getattr(resnet, name, None), nn.Module)]
+        if missing:
+            raise ValueError(
+                f"semantic_fpn: backbone {type(resnet).__name__} has no {', '.join(missing)}; a "
+                f"ResNet with torchvision's attribute names ({', '.join(names)}) is required; "
+                "rename the attributes or wrap the backbone in a module that has them."
+            )
+        for name in names:
+            self.add_module(name, getattr(resnet, name))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Return the outputs of layer1 to layer4, finest first.
+
+        Args:
+            image: (B, 3, H, W), floating point.
+
+        Returns:
+            Four maps (B, C_i, H_i, W_i).
+        """
+        x = self.maxpool(self.relu(self.bn1(self.conv1(image))))
+        maps = []
+        for name in _STAGES:
+            x = getattr(self, name)(x)
+            maps.append(x)
+        return maps
+
+
+class _ConvNormReLU(nn.Sequential):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+            nn.GroupNorm(min(32, out_channels // 4), out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class SemanticFPN(nn.Module):
+    """Per-pixel class logits from a feature pyramid. Build it with `semantic_fpn`.
+
+    Args:
+        backbone: maps (B, 3, H, W) to a list of feature maps, finest first.
+        channels: channels of each of those maps.
+        strides: output stride of each of those maps, in pixels; non-decreasing.
+        num_classes: number of classes K, at least 1.
+        fpn_channels: width of the pyramid; 256 in the source.
+        head_channels: width of the segmentation branch; 128 in the source.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        channels: list[int],
+        strides: list[int],
+        num_classes: int,
+        fpn_channels: int = 256,
+        head_channels: int = 128,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.laterals = nn.ModuleList(nn.Conv2d(c, fpn_channels, 1) for c in channels)
+        self.outputs = nn.ModuleList(
+            nn.Conv2d(fpn_channels, fpn_channels, 3, padding=1) for _ in channels
+        )
+        self.branches = nn.ModuleList()
+        for stride in strides:
+            # One convolution per doubling of the resolution; the finest level gets one without
+            # upsampling.
+            num_doublings = (stride // strides[0]).bit_length() - 1
+            widths = [fpn_channels] + [head_channels] * max(1, num_doublings)
+            self.branches.append(nn.ModuleList(_ConvNormReLU(a, b) for a, b in pairwise(widths)))
+        self.classifier = nn.Conv2d(head_channels, num_classes, 1)
+        self.num_classes = num_classes
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Return `{"out": logits}`, the contract of torchvision's segmentation models.
+
+        Args:
+            image: (B, 3, H, W), floating point, normalised; any H and W from 1.
+
+        Returns:
+            Logits (B, K, H, W), same dtype as the model computes in, before softmax.
+        """
+        maps = self.backbone(image)
+        laterals = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
+        for i in range(len(laterals) - 2, -1, -1):
+            coarse = F.interpolate(laterals[i + 1], size=laterals[i].shape[-2:], mode="nearest")
+            laterals[i] = laterals[i] + coarse
+        finest = laterals[0].shape[-2:]
+        merged: Tensor | None = None
+        for output, branch, lateral in zip(self.outputs, self.branches, laterals, strict=True):
+            x = output(lateral)
+            for step, layer in enumerate(branch):
+                x = layer(x)
+                if x.shape[-2:] == finest:
+                    continue
+                # The last step lands exactly on the finest map, whatever odd sizes lie between.
+                size = finest
+                if step < len(branch) - 1:
+                    size = (min(2 * x.shape[-2], finest[0]), min(2 * x.shape[-1], finest[1]))
+                x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+            merged = x if merged is None else merged + x
+        assert merged is not None
+        logits = self.classifier(merged)
+        size = image.shape[-2:]
+        return {"out": F.interpolate(logits, size=size, mode="bilinear", align_corners=False)}
+
+
+def semantic_fpn(
+    backbone: nn.Module | BackboneName = "resnet50",
+    *,
+    num_classes: int,
+    is_dilated: bool = False,
+    fpn_channels: int = 256,
+    head_channels: int = 128,
+) -> SemanticFPN:
+    """Return a semantic FPN with random weights, or with those of the backbone that was passed in.
+
+    Args:
+        backbone: "resnet18", "resnet34" or "resnet50" (torchvision's, random weights), or a ResNet
+            with torchvision's attribute names, whose modules are used as they are (not copied).
+        num_classes: number of classes K, at least 1.
+        is_dilated: stages 3 and 4 keep stride 8 and use dilation 2 and 4, as in the sampling
+            paper's segmentation runs. Bottleneck ResNets only (torchvision's basic block has no
+            dilation); applies to a backbone asked for by name.
+        fpn_channels: width of the pyramid, 256 in the source. Small backbones are better served by
+            64.
+        head_channels: width of the segmentation branch, 128 in the source; a multiple of 4.
+
+    Returns:
+        A module that maps (B, 3, H, W) to `{"out": (B, K, H, W)}`.
+
+    Raises:
+        ValueError: unknown backbone, a class count below 1, or dilation asked of a basic-block
+            ResNet.
+
+    Example:
+        >>> model = semantic_fpn("resnet18", num_classes=11, fpn_channels=64,
+        head_channels=64).eval() >>> model(torch.zeros(1, 3, 64, 96))["out"].shape
+        torch.Size([1, 11, 64, 96])
+
+    Source: Kirillov, Girshick, He, Dollar, "Panoptic Feature Pyramid Networks", CVPR 2019, arXiv
+    1901.02446, section 3.1. We depart in one thing: map sizes follow the input, so any size is
+    accepted, not only multiples of 32.
+    """
+    if num_classes < 1:
+        raise ValueError(
+            f"semantic_fpn: num_classes={num_classes}; at least one class is required; pass the "
+            "number of classes without the ignored one."
+        )
+    resnet = (
+        _named_resnet(backbone, is_dilated=is_dilated) if isinstance(backbone, str) else backbone
+    )
+    stages = ResNetStages(resnet)
+    channels, strides = _probe(stages)
+    return SemanticFPN(
+        stages,
+        channels=channels,
+        strides=strides,
+        num_classes=num_classes,
+        fpn_channels=fpn_channels,
+        head_channels=head_channels,
+    )
+
+
+def _named_resnet(name: str, *, is_dilated: bool) -> nn.Module:
+    if name not in ("resnet18", "resnet34", "resnet50"):
+        raise ValueError(
+            f"semantic_fpn: backbone={name!r}; one of 'resnet18', 'resnet34', 'resnet50' or a "
+            "module is required; build any other backbone yourself and pass it."
+        )
+    if is_dilated and name != "resnet50":
+        raise ValueError(
+            f"semantic_fpn: is_dilated=True with backbone={name!r}; torchvision's basic block has "
+            "no dilation; use 'resnet50' or is_dilated=False."
+        )
+    from torchvision.models import (
+        resnet as zoo,
+    )  # heavy: only for those who ask for a backbone by name
+
+    keywords = {"replace_stride_with_dilation": [False, True, True]} if is_dilated else {}
+    return getattr(zoo, name)(weights=None, **keywords)
+
+
+def _probe(stages: ResNetStages) -> tuple[list[int], list[int]]:
+    """Channels and strides of the stages, from one pass of a small image that leaves no trace."""
+    was_training = stages.training
+    weight = stages.conv1.weight
+    stages.eval()  # so that the running statistics stay as they are
+    size = 64
+    with torch.no_grad():
+        maps = stages(torch.zeros(1, 3, size, size, dtype=weight.dtype, device=weight.device))
+    stages.train(was_training)
+    return [x.shape[1] for x in maps], [size // x.shape[-1] for x in maps]
