@@ -1,0 +1,35 @@
+"""Training: data, tasks, budgets, checkpoints. The only room that imports lightning.
+
+Enters: a dense model, a data set and a budget. Leaves: a sampled model that keeps to the budget, on
+disk as safetensors with its architecture, and its score. May import: measure, convert, models, nn
+and below. Needs the extra `sparsight[train]`; `pictures` needs `sparsight[report]` too.
+"""
+
+from sparsight.train.annealing import (
+    TemperatureAnnealing,
+    geometric_temperature,
+    published_temperature,
+)
+from sparsight.train.architecture import Architecture, Sampling
+from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
+from sparsight.train.evaluate import Score, score
+from sparsight.train.losses import BudgetController, SamplingPrice, settle_on_budget
+from sparsight.train.recipe import Recipe
+from sparsight.train.tasks import SegmentationTask
+
+__all__ = [
+    "Architecture",
+    "BudgetController",
+    "Recipe",
+    "Sampling",
+    "SamplingPrice",
+    "Score",
+    "SegmentationTask",
+    "TemperatureAnnealing",
+    "geometric_temperature",
+    "load_checkpoint",
+    "published_temperature",
+    "save_checkpoint",
+    "score",
+    "settle_on_budget",
+]

@@ -1,0 +1,141 @@
+"""What a trained model is, in plain values: enough to build it before loading its weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sparsight.convert import sparsify
+from sparsight.models import semantic_fpn, torchvision_segmentation
+from sparsight.nn import Sampler
+
+ModelName = Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50"]
+Layout = Literal["a", "b", "c"]
+Noise = Literal["white", "blue", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a model was converted by `sparsight.sparsify`.
+
+    Attributes:
+        layout: masks per block, "a" one, "b" (paper's default) two, "c" one per convolution.
+        noise: "white" as published, "blue", or "none" for the deterministic baseline.
+        grid_stride: every grid_stride-th row and column is always computed; 11 as published, None
+            for no grid.
+    """
+
+    layout: Layout = "b"
+    noise: Noise = "white"
+    grid_stride: int | None = 11
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A segmentation model.
+
+    Attributes:
+        model: "semantic_fpn", or torchvision's "fcn_resnet50" or "deeplabv3_resnet50".
+        num_classes: classes without the ignored one.
+        backbone: ResNet of the semantic FPN; None for torchvision's models.
+        is_dilated: semantic FPN with dilation 2 and 4 in the last stages (resnet50 only).
+        fpn_channels: width of the pyramid; None for torchvision's models.
+        head_channels: width of the segmentation branch; None for torchvision's models.
+        size: (height, width) in pixels that the images were resized to.
+        sampling: None for a dense model.
+    """
+
+    model: ModelName = "semantic_fpn"
+    num_classes: int = 11
+    backbone: Literal["resnet18", "resnet34", "resnet50"] | None = "resnet18"
+    is_dilated: bool = False
+    fpn_channels: int | None = 48
+    head_channels: int | None = 48
+    size: tuple[int, int] = (240, 320)
+    sampling: Sampling | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for `json.dumps`."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Architecture:
+        """Return what `to_json` described; ValueError for unknown or missing fields."""
+        known = {field.name for field in fields(Architecture)}
+        if set(values) != known:
+            raise ValueError(
+                f"Architecture.from_json: fields {sorted(values)} arrived; {sorted(known)} are "
+                "required; the checkpoint was written by another version of sparsight: evaluate "
+                "it with that version."
+            )
+        sampling = values["sampling"]
+        return Architecture(
+            **{
+                **values,
+                "size": tuple(values["size"]),
+                "sampling": None if sampling is None else Sampling(**sampling),
+            }
+        )
+
+    def differences(self, other: Architecture) -> list[str]:
+        """Return what keeps weights of `other` from fitting; the image size does not."""
+        found = [
+            f"{field.name} is {getattr(other, field.name)!r}, not {getattr(self, field.name)!r}"
+            for field in fields(Architecture)
+            if field.name not in ("size", "sampling")
+            and getattr(self, field.name) != getattr(other, field.name)
+        ]
+        if other.sampling is not None and self.sampling is None:
+            found.append("it is sampled, not dense")
+        elif (
+            other.sampling is not None
+            and self.sampling is not None
+            and other.sampling.layout != self.sampling.layout
+        ):
+            found.append(f"layout is {other.sampling.layout!r}, not {self.sampling.layout!r}")
+        return found
+
+
+def build_dense(architecture: Architecture) -> nn.Module:
+    """Return the dense model of `architecture`, with random weights.
+
+    Returns:
+        A module (B, 3, H, W) -> {"out": (B, num_classes, H, W)}.
+    """
+    if architecture.model == "semantic_fpn":
+        assert architecture.backbone is not None
+        return semantic_fpn(
+            architecture.backbone,
+            num_classes=architecture.num_classes,
+            is_dilated=architecture.is_dilated,
+            fpn_channels=architecture.fpn_channels or 256,
+            head_channels=architecture.head_channels or 128,
+        )
+    return torchvision_segmentation(architecture.model, num_classes=architecture.num_classes)
+
+
+def convert(dense: nn.Module, architecture: Architecture) -> nn.Module:
+    """Return `dense` itself, or a sparsified copy of it if the architecture is sampled.
+
+    Args:
+        dense: what `build_dense` returned, with or without trained weights.
+        architecture: its `sampling` says how to convert.
+    """
+    if architecture.sampling is None:
+        return dense
+    sampling = architecture.sampling
+
+    def sampler(in_channels: int, *, stride: int = 1) -> Sampler:
+        return Sampler(
+            in_channels, stride=stride, noise=sampling.noise, grid_stride=sampling.grid_stride
+        )
+
+    return sparsify(dense, layout=sampling.layout, sampler=sampler)
+
+
+def example_image(architecture: Architecture, *, batch: int = 1) -> torch.Tensor:
+    """Return zeros (batch, 3, *size): the shape this model was trained for."""
+    return torch.zeros(batch, 3, *architecture.size).to(memory_format=torch.channels_last)

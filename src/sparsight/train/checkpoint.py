@@ -1,0 +1,147 @@
+"""Trained weights on disk, in a file that says what model it is; and the state for resuming.
+
+Nothing here unpickles code: weights are safetensors, training state is read with
+`weights_only=True`. Every file is written under a temporary name and renamed, so a reader sees the
+old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from sparsight.train.architecture import Architecture, build_dense, convert
+
+_KEY = "sparsight.architecture"
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write `content` to a temporary file beside `path`, flush it, rename it to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: str | Path, model: nn.Module, architecture: Architecture) -> None:
+    """Write the weights of `model` and its architecture to one safetensors file.
+
+    Args:
+        path: file to write, usually `*.safetensors`; an existing one is replaced.
+        model: what `build_dense` and `convert` made of `architecture`.
+        architecture: stored as JSON in the file's metadata under "sparsight.architecture".
+    """
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    write_atomically(path, save(tensors, metadata={_KEY: json.dumps(architecture.to_json())}))
+
+
+def read_architecture(path: str | Path) -> Architecture:
+    """Return the architecture stored in a checkpoint, without reading its weights.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file, or not one that `save_checkpoint` wrote.
+    """
+    return _read(path)[0]
+
+
+def load_checkpoint(
+    path: str | Path, *, expected: Architecture | None = None
+) -> tuple[nn.Module, Architecture]:
+    """Return the model stored in a checkpoint and its architecture.
+
+    Args:
+        path: a file written by `save_checkpoint`.
+        expected: build this architecture instead and load the weights into it. Weights of a dense
+            model fit its sampled form (the samplers keep their initial values) and any image size;
+            nothing else may differ.
+
+    Returns:
+        The model in training mode on the CPU, and the architecture it was built from.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint of sparsight, or of another architecture than `expected`; names
+            what differs.
+    """
+    stored, tensors = _read(path)
+    architecture = stored if expected is None else expected
+    found = architecture.differences(stored)
+    if found:
+        raise ValueError(
+            f"load_checkpoint: {str(path)!r} holds another architecture than the one asked for: "
+            f"{'; '.join(found)}; equal architectures are required (a dense checkpoint may start "
+            "a sampled model); change the flags of this run to match, or pass another checkpoint."
+        )
+    dense = build_dense(architecture)
+    if stored.sampling is None:
+        dense.load_state_dict(tensors)
+        return convert(dense, architecture), architecture
+    model = convert(dense, architecture)
+    model.load_state_dict(tensors)
+    return model, architecture
+
+
+def _read(path: str | Path) -> tuple[Architecture, dict[str, Tensor]]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"load_checkpoint: {str(path)!r} does not exist; a *.safetensors file written by "
+            "`sparsight train` is required; pass the path printed at the end of training."
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"load_checkpoint: {str(path)!r} is not a safetensors file ({error}); a file written "
+            "by `sparsight train` is required; pickled checkpoints are not read: convert them "
+            "with safetensors first."
+        ) from error
+    if _KEY not in metadata:
+        raise ValueError(
+            f"load_checkpoint: {str(path)!r} says nothing of its architecture; metadata {_KEY!r} "
+            "is required; write it with sparsight.train.save_checkpoint."
+        )
+    return Architecture.from_json(json.loads(metadata[_KEY])), tensors
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's training state, written atomically and read without unpickling code."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write `checkpoint` under a temporary name, then rename it to `path`."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomically(path, buffer.getvalue())
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read tensors and plain values only, whatever the caller asks for."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"resume: {str(path)!r} does not exist; the last.ckpt of an interrupted run is "
+                "required; pass the --out folder of that run, or leave --resume out."
+            )
+        return torch.load(path, map_location="cpu", weights_only=True)

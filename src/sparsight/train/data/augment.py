@@ -1,0 +1,143 @@
+"""Random scale, crop and flip, drawn from (seed, epoch, index) and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+# The statistics every torchvision classification weight was trained with.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+Transform = Callable[..., Any]
+
+
+def training_transform(
+    size: tuple[int, int], *, ignore_index: int, scale: tuple[float, float] = (0.75, 1.75)
+) -> Transform:
+    """Return random scale, crop to `size`, horizontal flip, normalisation.
+
+    Args:
+        size: (height, width) of the crop in pixels.
+        ignore_index: class of the pixels added where a small image had to be padded.
+        scale: range of the scale relative to the image fitted into `size`.
+
+    Returns:
+        A callable (image, class map) -> (float32 (3, *size), int64 size).
+    """
+    fill: dict[Any, Any] = {
+        tv_tensors.Image: [round(255 * m) for m in MEAN],
+        tv_tensors.Mask: ignore_index,
+    }
+    return v2.Compose(
+        [
+            v2.ScaleJitter(target_size=size, scale_range=scale, antialias=True),
+            v2.RandomCrop(size, pad_if_needed=True, fill=fill),
+            v2.RandomHorizontalFlip(),
+            *_normalise(),
+        ]
+    )
+
+
+def evaluation_transform(size: tuple[int, int]) -> Transform:
+    """Return resizing of the image and normalisation; the class map keeps its own size.
+
+    Scores are counted on the annotation as it was drawn, so runs at different sizes can be
+    compared.
+
+    Args:
+        size: (height, width) of the image in pixels.
+    """
+
+    def transform(image: tv_tensors.Image, labels: tv_tensors.Mask) -> tuple[Any, Any]:
+        return tv_tensors.Image(normalised_picture(image, size)), labels
+
+    return transform
+
+
+def normalised_picture(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return uint8 pixels (3, h, w) as what models take: float32 (3, *size), normalised."""
+    resize = v2.Compose([v2.Resize(size, antialias=True), *_normalise()])
+    return resize(tv_tensors.Image(pixels)).as_subclass(torch.Tensor)
+
+
+def _normalise() -> list[Transform]:
+    return [
+        v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+        v2.Normalize(MEAN, STD),
+    ]
+
+
+class SeededView(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """A dataset seen through a random transform that draws from (seed, epoch, index) only.
+
+    Args:
+        dataset: yields (image, class map).
+        transform: applied to the pair; may draw from torch's global generator.
+        seed: first part of what decides the draws.
+
+    Indexed by `(epoch, index)`, as `EpochSampler` yields it, or by `index` alone (epoch 0). The
+    state of the global generator is the same before and after.
+    """
+
+    def __init__(self, dataset: Dataset[Any], transform: Transform, *, seed: int = 0) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset declares no __len__
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix_seed(self.seed, epoch, index))
+            image, labels = self.transform(*self.dataset[index])
+        return image.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields `(epoch, index)` in an order that depends on (seed, epoch) only.
+
+    The training loop calls `set_epoch` before each epoch (Lightning does so by itself).
+
+    Args:
+        length: number of items.
+        seed: decides the order together with the epoch.
+    """
+
+    def __init__(self, length: int, *, seed: int = 0) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch, -1))
+        for index in torch.randperm(self.length, generator=generator).tolist():
+            yield self.epoch, index
+
+
+def mix_seed(*parts: int) -> int:
+    """Return a 63-bit seed from several integers; neighbouring integers give unrelated seeds.
+
+    Source: the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+    """
+    state = 0
+    for part in parts:
+        state = (state + 0x9E3779B97F4A7C15 + (part & 0xFFFFFFFFFFFFFFFF)) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1

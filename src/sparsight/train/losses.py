@@ -1,0 +1,174 @@
+"""What a sampled model is charged for computing: a fixed price, or one that finds a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sparsight.nn import Sampler
+
+
+def check_budget(budget: float, *, name: str = "budget") -> float:
+    """Return `budget` if it is a share of the dense MACs, in (0, 1].
+
+    Raises:
+        ValueError: outside (0, 1].
+    """
+    if not 0.0 < budget <= 1.0:
+        raise ValueError(
+            f"{name}: budget={budget}; a share of the dense model's MACs in (0, 1] is required; "
+            "pass 0.5 for half of them, or leave it out to train the dense model."
+        )
+    return budget
+
+
+class SamplingPrice(nn.Module):
+    """A fixed price on computing: `weight * expected share`, the published objective.
+
+    Args:
+        weight: price of computing everything, in units of the task loss; published values are .05
+            to .3 for segmentation, .02 to .2 for detection, .01 and .015 for classification.
+    """
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, expected_share: Tensor, *, progress: float) -> Tensor:
+        """Return the price of `expected_share`, a scalar in [0, 1]; `progress` plays no part."""
+        return self.weight * expected_share
+
+    def update(self, expected_share: float, *, progress: float, total_steps: int) -> None:
+        """Nothing to learn: the price is fixed."""
+
+    def calibrate(self, measured_share: float, expected_share: float) -> None:
+        """Nothing to calibrate: no budget was asked for."""
+
+
+class BudgetController(nn.Module):
+    """A price on computing that rises until the model stays within its budget.
+
+    An augmented Lagrangian on `error = expected share - target`: the loss is `multiplier * error +
+    gain / 2 * error^2` and after each optimiser step `multiplier += gain * error / settling steps`
+    (dual ascent). The target falls linearly from 1 to the budget over the first part of the run, so
+    that training is not shocked. The expected share is smooth and differentiable but leaves out the
+    grid of forced samples, the sampler heads and the interpolation; `calibrate` compares it with a
+    measured share and moves the target by the difference. The multiplier may go below zero: a model
+    that computes less than it was granted is paid for computing more.
+
+    Args:
+        budget: share of the dense model's MACs in (0, 1], everything counted.
+        ramp: share of the run over which the target falls from 1 to the budget.
+        gain: weight of the squared error; 10 makes an error of 0.02 weigh 0.2 in the gradient,
+            about what the cross-entropy of a fitted segmentation model weighs against the share.
+        settling: share of the run over which the multiplier takes over a standing error.
+
+    State: `multiplier` and `offset` are buffers, saved and restored with the weights.
+
+    Source: the method of multipliers, Bertsekas, "Constrained Optimization and Lagrange Multiplier
+    Methods", 1982, chapter 2. The sampling paper has a fixed weight instead (`SamplingPrice`).
+    """
+
+    multiplier: Tensor
+    offset: Tensor
+
+    def __init__(
+        self, budget: float, *, ramp: float = 0.3, gain: float = 10.0, settling: float = 0.05
+    ) -> None:
+        super().__init__()
+        self.budget = check_budget(budget, name="BudgetController")
+        self.ramp = ramp
+        self.gain = gain
+        self.settling = settling
+        self.register_buffer("multiplier", torch.zeros(()))
+        self.register_buffer("offset", torch.zeros(()))
+
+    def target(self, progress: float) -> float:
+        """Return the expected share to aim for, at `progress` in [0, 1] of the run."""
+        done = min(1.0, progress / self.ramp) if self.ramp > 0 else 1.0
+        return max(0.0, 1.0 + done * (self.budget - float(self.offset) - 1.0))
+
+    def forward(self, expected_share: Tensor, *, progress: float) -> Tensor:
+        """Return the scalar to add to the task loss.
+
+        Args:
+            expected_share: scalar in [0, 1], `sparsight.sampling_loss(record, total_macs=...)`.
+            progress: share of the run that is done, in [0, 1].
+
+        Gradient: through `expected_share`.
+        """
+        error = expected_share - self.target(progress)
+        return self.multiplier.detach().clone() * error + 0.5 * self.gain * error.square()
+
+    def update(self, expected_share: float, *, progress: float, total_steps: int) -> None:
+        """Move the multiplier by one step of dual ascent; call once per optimiser step."""
+        settling_steps = max(1.0, self.settling * total_steps)
+        self.multiplier += self.gain * (expected_share - self.target(progress)) / settling_steps
+
+    def calibrate(self, measured_share: float, expected_share: float) -> None:
+        """Take `measured_share - expected_share` as what the expected share leaves out.
+
+        Args:
+            measured_share: `count_macs(model, x).total / .dense` in eval mode.
+            expected_share: what the objective saw lately in training.
+        """
+        self.offset.fill_(measured_share - expected_share)
+
+
+@torch.no_grad()
+def settle_on_budget(
+    model: nn.Module,
+    measure: Callable[[], float],
+    budget: float,
+    *,
+    tolerance: float = 0.003,
+    max_shift: float = 8.0,
+) -> tuple[float, float]:
+    """Shift every sampler's bias by one common number until the measured share meets the budget.
+
+    Training leaves the share within a few per cent; this takes away the rest. The share rises with
+    the shift because the sampling noise is a function of the seed only, so bisection finds it.
+
+    Args:
+        model: a sparsified model; changed in place.
+        measure: returns the measured share of the dense MACs on some fixed images.
+        budget: the share to meet, in (0, 1].
+        tolerance: largest accepted distance to the budget, as a share of the dense MACs.
+        max_shift: largest shift of the logits that is tried, either way.
+
+    Returns:
+        The shift in logits and the share that is then measured. Where no shift within `max_shift`
+        meets the budget (heads and ungated layers alone may exceed it), the nearest end.
+
+    Cost: about ten calls of `measure`.
+    """
+    heads = [module.head.bias for module in model.modules() if isinstance(module, Sampler)]
+    applied = 0.0
+
+    def share_at(shift: float) -> float:
+        nonlocal applied
+        for bias in heads:
+            assert bias is not None
+            bias += shift - applied
+        applied = shift
+        return measure()
+
+    share = share_at(0.0)
+    low, high = (-max_shift, 0.0) if share > budget else (0.0, max_shift)
+    for _ in range(12):
+        if abs(share - budget) <= tolerance:
+            break
+        if share > budget:
+            high = applied
+        else:
+            low = applied
+        share = share_at(0.5 * (low + high))
+    return applied, share
+
+
+def mean_of(values: Iterable[float]) -> float:
+    """Return the mean of at least one number."""
+    listed = list(values)
+    return sum(listed) / len(listed)
