@@ -17,8 +17,8 @@ def pair(value: int | tuple[int, int], *, name: str, minimum: int) -> tuple[int,
     both = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(both) != 2 or any(not isinstance(v, int) or v < minimum for v in both):
         raise ValueError(
-            f"sampled_conv2d: {name} is {value!r}; an integer >= {minimum} or two of them are needed: "
-            "pass what torch.nn.Conv2d takes."
+            f"sampled_conv2d: {name} is {value!r}; an integer >= {minimum} or two of them are "
+            "needed: pass what torch.nn.Conv2d takes."
         )
     return both
 
@@ -40,8 +40,9 @@ def output_size(
 
 LIBRARY.define("sites_from_mask(Tensor mask) -> (Tensor, Tensor)")
 LIBRARY.define(
-    "sampled_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor count, int[] output_size, "
-    "int[] stride, int[] padding, int[] dilation, int groups, Tensor? residual, bool relu) -> Tensor"
+    "sampled_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor count, int[] "
+    "output_size, int[] stride, int[] padding, int[] dilation, int groups, Tensor? residual, "
+    "bool relu) -> Tensor"
 )
 
 
@@ -248,8 +249,8 @@ def sampled_conv2d(
         >>> sampled_conv2d(x, torch.ones(1, 2, 1, 1), sites=sites_from_mask(mask)).sum()
         tensor(6.)
 
-    Source: the operation of Xie et al., ECCV 2020 (arXiv 2003.08866), section 3; the indirect GEMM is
-    Dukhan, 2019 (arXiv 1907.02129).
+    Source: the operation of Xie et al., ECCV 2020 (arXiv 2003.08866), section 3; the indirect GEMM
+    is Dukhan, 2019 (arXiv 1907.02129).
     """
     if x.ndim != 4:
         raise ValueError(
@@ -258,62 +259,64 @@ def sampled_conv2d(
         )
     if weight.ndim != 4:
         raise ValueError(
-            f"sampled_conv2d: weight has shape {tuple(weight.shape)}; (O, C/groups, kh, kw) is needed: "
-            "pass the weight of a torch.nn.Conv2d."
+            f"sampled_conv2d: weight has shape {tuple(weight.shape)}; (O, C/groups, kh, kw) is "
+            "needed: pass the weight of a torch.nn.Conv2d."
         )
     if x.dtype not in _FLOATS:
         raise TypeError(
-            f"sampled_conv2d: x has dtype {x.dtype}; a floating-point dtype is needed: call x.float()."
+            f"sampled_conv2d: x has dtype {x.dtype}; a floating-point dtype is needed: "
+            "call x.float()."
         )
     for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(
-                f"sampled_conv2d: {name} has dtype {tensor.dtype} but x has {x.dtype}; one dtype is "
-                f"needed: convert with {name}.to(x.dtype)."
+                f"sampled_conv2d: {name} has dtype {tensor.dtype} but x has {x.dtype}; one dtype "
+                f"is needed: convert with {name}.to(x.dtype)."
             )
         if tensor is not None and tensor.device != x.device:
             raise ValueError(
-                f"sampled_conv2d: {name} is on {tensor.device} but x is on {x.device}; one device is "
-                f"needed: move it with {name}.to(x.device)."
+                f"sampled_conv2d: {name} is on {tensor.device} but x is on {x.device}; one device "
+                f"is needed: move it with {name}.to(x.device)."
             )
     if sites.index.device != x.device:
         raise ValueError(
-            f"sampled_conv2d: sites are on {sites.index.device} but x is on {x.device}; one device is "
-            "needed: build them from a mask on x.device."
+            f"sampled_conv2d: sites are on {sites.index.device} but x is on {x.device}; one device "
+            "is needed: build them from a mask on x.device."
         )
     step = pair(stride, name="stride", minimum=1)
     pad = pair(padding, name="padding", minimum=0)
     dilate = pair(dilation, name="dilation", minimum=1)
     if groups < 1 or weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
         raise ValueError(
-            f"sampled_conv2d: x has {x.shape[1]} channels, weight has shape {tuple(weight.shape)} and "
-            f"groups is {groups}; x needs weight.shape[1] * groups = {weight.shape[1] * groups} channels "
-            "and groups must divide the output channels: check in_channels and groups."
+            f"sampled_conv2d: x has {x.shape[1]} channels, weight has shape {tuple(weight.shape)} "
+            f"and groups is {groups}; x needs weight.shape[1] * groups = "
+            f"{weight.shape[1] * groups} channels and groups must divide the "
+            "output channels: check in_channels and groups."
         )
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(
-            f"sampled_conv2d: bias has shape {tuple(bias.shape)}; ({weight.shape[0]},) is needed: one "
-            "value per output channel."
+            f"sampled_conv2d: bias has shape {tuple(bias.shape)}; ({weight.shape[0]},) is needed: "
+            "one value per output channel."
         )
     size = output_size(
         (x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]), step, pad, dilate
     )
     if min(size) < 1:
         raise ValueError(
-            f"sampled_conv2d: a {weight.shape[2]}x{weight.shape[3]} kernel with padding {pad} and dilation "
-            f"{dilate} does not fit a {x.shape[2]}x{x.shape[3]} input; an output of at least 1x1 is "
-            "needed: use a larger input or more padding."
+            f"sampled_conv2d: a {weight.shape[2]}x{weight.shape[3]} kernel with padding {pad} and "
+            f"dilation {dilate} does not fit a {x.shape[2]}x{x.shape[3]} input; an output of at "
+            "least 1x1 is needed: use a larger input or more padding."
         )
     if (sites.height, sites.width) != size:
         raise ValueError(
-            f"sampled_conv2d: sites describe a {sites.height}x{sites.width} grid but stride {step} on a "
-            f"{x.shape[2]}x{x.shape[3]} input yields {size[0]}x{size[1]}; build the mask at output "
-            "resolution."
+            f"sampled_conv2d: sites describe a {sites.height}x{sites.width} grid but stride {step} "
+            f"on a {x.shape[2]}x{x.shape[3]} input yields {size[0]}x{size[1]}; build the mask at "
+            "output resolution."
         )
     if sites.index.shape[0] != x.shape[0]:
         raise ValueError(
-            f"sampled_conv2d: sites are for {sites.index.shape[0]} images but x has {x.shape[0]}; one "
-            "mask per image is needed: expand the mask over the batch."
+            f"sampled_conv2d: sites are for {sites.index.shape[0]} images but x has {x.shape[0]}; "
+            "one mask per image is needed: expand the mask over the batch."
         )
     if residual is not None and residual.shape != (x.shape[0], weight.shape[0], *size):
         raise ValueError(
@@ -322,8 +325,8 @@ def sampled_conv2d(
         )
     if activation not in ("none", "relu"):
         raise ValueError(
-            f"sampled_conv2d: activation is {activation!r}; 'none' or 'relu' is needed: apply other "
-            "activations to the result."
+            f"sampled_conv2d: activation is {activation!r}; 'none' or 'relu' is needed: apply "
+            "other activations to the result."
         )
     return torch.ops.sparsight.sampled_conv2d(
         x,

@@ -1,7 +1,7 @@
 """From tensors to kernel calls: layouts, pointers, instruction set and threads.
 
-Arguments have passed the public door of the op; here only memory is arranged. `isa` is "auto" or one of
-`available_isas()`, `num_threads` None takes `torch.get_num_threads()`.
+Arguments have passed the public door of the op; here only memory is arranged. `isa` is "auto" or
+one of `available_isas()`, `num_threads` None takes `torch.get_num_threads()`.
 """
 
 import torch
@@ -24,7 +24,11 @@ def threading_runtime() -> str:
 
 
 def _threads(num_threads: int | None) -> int:
-    return torch.get_num_threads() if num_threads is None else num_threads
+    if num_threads is None:
+        return torch.get_num_threads()
+    if num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads}; at least 1 is needed.")
+    return num_threads
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -96,7 +100,7 @@ def sampled_conv2d(
     """
     x = _rows(x)
     weight = weight.contiguous()
-    index = index.contiguous()
+    index, count = index.contiguous(), count.contiguous()
     residual = None if residual is None else _rows(residual)
     if out is None:
         out = torch.zeros(
@@ -118,7 +122,7 @@ def sampled_conv2d(
         weight.data_ptr(),
         _pointer(bias),
         index.data_ptr(),
-        count.contiguous().data_ptr(),
+        count.data_ptr(),
         _pointer(residual),
         out.data_ptr(),
         x.shape[0],
@@ -206,3 +210,52 @@ def interpolate_backward(
         features.new_zeros(()) if grad_mask is None else grad_mask,
         grad_log_kernel,
     )
+
+
+def sampled_block(
+    x: Tensor,
+    shortcut: Tensor | None,
+    noise: list[Tensor | None],
+    given: list[Tensor | None],
+    params: Tensor,
+    spec: Tensor,
+    output_shape: list[int],
+    mask_positions: int,
+    *,
+    isa: str = "auto",
+    num_threads: int | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel form of `ops.block.sampled_block`; float32."""
+    x = _rows(x)
+    shortcut = None if shortcut is None else _rows(shortcut)
+    batch, _, height, width = x.shape
+    if out is None:
+        out = torch.empty(output_shape, memory_format=torch.channels_last)
+    masks = torch.empty((batch, mask_positions), dtype=torch.bool)
+    logits = torch.empty((batch, mask_positions))
+    noise = [None if n is None else n.contiguous() for n in noise]
+    given = [None if g is None else g.contiguous() for g in given]
+    bad_image = _kernels.sampled_block(
+        x.data_ptr(),
+        _pointer(shortcut),
+        [_pointer(n) for n in noise],
+        [_pointer(g) for g in given],
+        params.data_ptr(),
+        spec.data_ptr(),
+        batch,
+        height,
+        width,
+        out.data_ptr(),
+        masks.data_ptr(),
+        logits.data_ptr(),
+        isa,
+        _threads(num_threads),
+    )
+    if bad_image >= 0:
+        raise ValueError(
+            f"sampled_block: the sampler's logits of image {bad_image} hold NaN, but must be "
+            "numbers; the features or the weights hold NaN or infinity: look for the first layer "
+            "whose output is not finite."
+        )
+    return out, masks, logits

@@ -8,8 +8,8 @@ from sparsight.ops.operators import LIBRARY
 
 LIBRARY.define("interpolate(Tensor features, Tensor mask, Tensor log_kernel, float? eps) -> Tensor")
 LIBRARY.define(
-    "interpolate_backward(Tensor grad, Tensor features, Tensor mask, Tensor log_kernel, float? eps) "
-    "-> (Tensor, Tensor, Tensor)"
+    "interpolate_backward(Tensor grad, Tensor features, Tensor mask, Tensor log_kernel, float? "
+    "eps) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -98,15 +98,17 @@ torch.library.register_autograd(
 def interpolate(
     features: Tensor, mask: Tensor, log_kernel: Tensor, *, eps: float | None = None
 ) -> Tensor:
-    """Keep the features at the sites and fill the holes with a weighted mean of the sites around them.
+    """Keep the features at the sites, fill the holes with a weighted mean of the sites around.
 
     mask * features + (1 - mask) * I,  I_p = sum_q K(p-q) M_q Y_q / (sum_q K(p-q) M_q [+ eps]),
     q over the K x K window of p inside the map, K = exp(log_kernel).
 
     Args:
-        features: (B, C, H, W) floating point. With a bool mask the values off the sites are never read.
+        features: (B, C, H, W) floating point. With a bool mask the values off the sites are never
+            read.
         mask: (B, 1, H, W), bool (inference) or floating point in [0, 1] (training).
-        log_kernel: (K, K), K odd: the logarithm of a non-negative kernel (-inf is a weight of zero).
+        log_kernel: (K, K), K odd: the logarithm of a non-negative kernel (-inf is a weight of
+            zero).
         eps: None (default) divides exactly, in log space: the weights of a hole sum to one however
             small the kernel is, and a hole that sees no site is 0. A number is added to the
             denominator, as in the published code (1e-5): holes far from a site shrink to 0.
@@ -118,7 +120,8 @@ def interpolate(
         TypeError: dtypes are not floating point (bool for the mask).
         ValueError: shapes or devices do not fit, the window is even, eps is not positive.
 
-    Cost: at most K*K MACs per channel and hole; weights below 2^-30 of the sum are skipped (float32 on
+    Cost: at most K*K MACs per channel and hole; weights below 2^-30 of the sum are skipped (float32
+        on
     the CPU, compiled kernel; other dtypes and devices run `ops.reference`).
 
     Gradient: with respect to features, a float mask, and log_kernel.
@@ -131,27 +134,30 @@ def interpolate(
         >>> interpolate(features, mask, torch.zeros(3, 3)).flatten()
         tensor([4., 6., 8.])
 
-    Source: Xie et al., ECCV 2020 (arXiv 2003.08866), section 3.2. The division in log space is ours.
+    Source: Xie et al., ECCV 2020 (arXiv 2003.08866), section 3.2. The division in log space is
+        ours.
     """
     if features.ndim != 4:
         raise ValueError(
-            f"interpolate: features have shape {tuple(features.shape)}; (B, C, H, W) is needed: add the "
-            "batch dimension with unsqueeze(0)."
+            f"interpolate: features have shape {tuple(features.shape)}; (B, C, H, W) is needed: "
+            "add the batch dimension with unsqueeze(0)."
         )
     if not features.is_floating_point():
         raise TypeError(
-            f"interpolate: features have dtype {features.dtype}; floating point is needed: call .float()."
+            f"interpolate: features have dtype {features.dtype}; floating point is needed: "
+            "call .float()."
         )
     batch, _, height, width = features.shape
     if mask.shape != (batch, 1, height, width):
         raise ValueError(
-            f"interpolate: mask has shape {tuple(mask.shape)} but features have {tuple(features.shape)}; "
-            f"{(batch, 1, height, width)} is needed: one channel at the resolution of the features."
+            f"interpolate: mask has shape {tuple(mask.shape)} but features have "
+            f"{tuple(features.shape)}; {(batch, 1, height, width)} is needed: one "
+            "channel at the resolution of the features."
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(
-            f"interpolate: mask has dtype {mask.dtype}; bool or floating point is needed: threshold "
-            "it, e.g. mask >= 0.5."
+            f"interpolate: mask has dtype {mask.dtype}; bool or floating point is needed: "
+            "threshold it, e.g. mask >= 0.5."
         )
     if (
         log_kernel.ndim != 2
@@ -159,8 +165,8 @@ def interpolate(
         or log_kernel.shape[0] % 2 == 0
     ):
         raise ValueError(
-            f"interpolate: log_kernel has shape {tuple(log_kernel.shape)}; (K, K) with K odd is needed: a "
-            "window has a centre."
+            f"interpolate: log_kernel has shape {tuple(log_kernel.shape)}; (K, K) with K odd is "
+            "needed: a window has a centre."
         )
     if not log_kernel.is_floating_point():
         raise TypeError(
@@ -174,8 +180,8 @@ def interpolate(
         )
     if eps is not None and not eps > 0:
         raise ValueError(
-            f"interpolate: eps is {eps}; None or a positive number is needed: None is exact, 1e-5 is the "
-            "published formula."
+            f"interpolate: eps is {eps}; None or a positive number is needed: None is exact, 1e-5 "
+            "is the published formula."
         )
     # Half precision would lose the exponents: at least float32 inside, whatever autocast made.
     dtype = torch.promote_types(features.dtype, torch.float32)

@@ -133,8 +133,9 @@ def interpolate_backward(
 
     With weights w_pq normalised over q, hole share h_p = 1 - M_p, and the slope
     s_pq = h_p g_p . (Y_q - I_p): dY_q = M_q g_q + sum_p h_p w_pq g_p, dlogK = sum_pq w_pq s_pq, and
-    dM_q = g_q . (Y_q - I_q) + sum_p (w_pq / M_q) s_pq, where w_pq / M_q stays finite as M_q -> 0 and is
-    bounded by 2^80: beside a narrow kernel it would overflow, and inf times a vanishing factor is NaN.
+    dM_q = g_q . (Y_q - I_q) + sum_p (w_pq / M_q) s_pq, where w_pq / M_q stays finite as M_q -> 0
+    and is bounded by 2^80: beside a narrow kernel it would overflow, and inf times a vanishing
+    factor is NaN.
 
     Args:
         grad: (B, C, H, W), the gradient of the result.
@@ -144,8 +145,8 @@ def interpolate_backward(
         eps: as given.
 
     Returns:
-        Gradients of features (B, C, H, W), of the mask (B, 1, H, W) (a scalar zero for a bool mask) and
-        of log_kernel (K, K).
+        Gradients of features (B, C, H, W), of the mask (B, 1, H, W) (a scalar zero for a bool mask)
+        and of log_kernel (K, K).
     """
     size = log_kernel.shape[0]
     radius = size // 2

@@ -33,14 +33,15 @@ class Sites:
         for name, tensor in (("index", self.index), ("count", self.count)):
             if tensor.dtype != torch.int32:
                 raise TypeError(
-                    f"Sites: {name} has dtype {tensor.dtype}; torch.int32 is needed: build sites with "
-                    "sites_from_mask."
+                    f"Sites: {name} has dtype {tensor.dtype}; torch.int32 is needed: build sites "
+                    "with sites_from_mask."
                 )
         needed = (*self.count.shape, self.height * self.width)
         if self.count.ndim != 1 or self.index.shape != needed:
             raise ValueError(
-                f"Sites: index has shape {tuple(self.index.shape)} and count {tuple(self.count.shape)}; "
-                f"(B, {self.height * self.width}) and (B,) are needed: build sites with sites_from_mask."
+                f"Sites: index has shape {tuple(self.index.shape)} and count "
+                f"{tuple(self.count.shape)}; (B, {self.height * self.width}) and (B,) are "
+                "needed: build sites with sites_from_mask."
             )
 
     def to_mask(self) -> Tensor:
@@ -77,7 +78,8 @@ def check_mask(caller: str, mask: Tensor) -> None:
     """Raise unless `mask` is a (B, 1, H, W) bool tensor."""
     if mask.dtype != torch.bool:
         raise TypeError(
-            f"{caller}: mask has dtype {mask.dtype}; a bool tensor is needed: threshold it, e.g. mask >= 0.5."
+            f"{caller}: mask has dtype {mask.dtype}; a bool tensor is needed: "
+            "threshold it, e.g. mask >= 0.5."
         )
     if mask.ndim != 4 or mask.shape[1] != 1:
         raise ValueError(

@@ -1,0 +1,118 @@
+"""A converted model in, the same function with packed weights and real kernels out."""
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from sparsight.convert.find import ConversionError
+from sparsight.convert.fold import fold_norms
+from sparsight.nn.frozen_block import FrozenBlock, refusal
+from sparsight.nn.sampled_block import SampledBlock
+from sparsight.nn.sampled_conv import SampledConv2d
+
+__all__ = ["freeze"]
+
+
+def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """An inference-only copy of the model that spends time at its sampled positions only.
+
+    Norms are folded into the convolutions, weights are packed once, and every sampled block becomes
+    one operator call. The copy takes any batch and input size and returns what ``model.eval()``
+    returns, up to float32 rounding.
+
+    Args:
+        model: a model from :func:`sparsight.sparsify`, or a dense one (norms are folded); not
+            changed. Its eval-mode function is frozen, whatever its mode.
+        example: what the model takes as its one argument: a tensor, or a list of images. It is run
+            to see which norms can be folded and that the copy keeps the call contract.
+        dtype: torch.float32 or None (default), which takes the model's.
+
+    Returns:
+        The frozen model, in eval mode; `train()` raises. `record_sampling` and `measure` work on
+        it. Sampled layers that the kernels do not cover stay as they are, with a warning that names
+        them and says why.
+
+    Raises:
+        TypeError: the model is no module.
+        ConversionError: the model is frozen already, is not float32 on the CPU, or the copy does
+            not return what the source returns for `example`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> image = torch.randn(1, 3, 16, 16)
+        >>> freeze(net, example=image)(image).shape
+        torch.Size([1, 4, 16, 16])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"freeze: model is a {type(model).__name__}, but must be a torch.nn.Module; pass what "
+            "sparsify returned."
+        )
+    if dtype not in (None, torch.float32):
+        raise ConversionError(
+            f"freeze: dtype is {dtype}, but the kernels of this version compute in torch.float32; "
+            "leave dtype out."
+        )
+    if any(isinstance(module, FrozenBlock) for module in model.modules()):
+        raise ConversionError(
+            "freeze: the model is frozen already, but a trainable one is needed; pass the "
+            "converted model that it was made from."
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu" or (
+            parameter.is_floating_point() and parameter.dtype != torch.float32
+        ):
+            raise ConversionError(
+                f"freeze: parameter {name} is {parameter.dtype} on {parameter.device}, but the "
+                "kernels need torch.float32 on the CPU; call model.float().cpu() first."
+            )
+    frozen: Any = copy.deepcopy(model).eval().requires_grad_(False)
+    with torch.no_grad():
+        expected = _contract(frozen(example))
+    fold_norms(frozen, example)
+    frozen = _freeze_layers(frozen)
+    frozen = frozen.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        arrived = _contract(frozen(example))
+    if arrived != expected:
+        raise ConversionError(
+            f"freeze: the frozen model returns {arrived} for the example, but the source returns "
+            f"{expected}; please report this model."
+        )
+    return frozen
+
+
+def _freeze_layers(model: nn.Module) -> nn.Module:
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, SampledBlock | SampledConv2d) or module in replacements:
+            continue
+        reason = refusal(module)
+        if reason is not None:
+            warnings.warn(
+                f"freeze: layer {name or '(the model)'} stays unfrozen, at the speed of the dense "
+                f"one, because {reason}.",
+                stacklevel=3,
+            )
+            continue
+        replacements[module] = FrozenBlock(module)
+    if model in replacements:
+        return replacements[model]
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if child in replacements:
+                parent._modules[child_name] = replacements[child]
+    return model
+
+
+def _contract(output: Any) -> Any:
+    """Structure of a call's result; sizes only of dense maps (a detector's counts may differ)."""
+    leaves, structure = pytree.tree_flatten(output)
+    shapes = [
+        (leaf.ndim, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in leaves
+    ]
+    return structure, shapes

@@ -1,0 +1,440 @@
+"""The inference form of sampled layers: packed weights, one operator call each."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from sparsight.nn.noise import sampling_noise
+from sparsight.nn.sampled_block import SampledBlock
+from sparsight.nn.sampled_conv import SampledConv2d
+from sparsight.nn.sampler import Sampler, SamplingDecision
+from sparsight.ops import block as block_ops
+from sparsight.ops import cpu
+
+__all__ = ["FrozenBlock", "FrozenSampler", "fold_norm", "refusal"]
+
+_CACHED_SIZES = 8
+
+
+class FrozenSampler(nn.Module):
+    """Where a frozen layer's decision can be watched, and the noise that it adds to the logits.
+
+    The head itself is packed with the layer. forward is only called while a hook is registered.
+
+    Args:
+        sampler: the sampler that the decision comes from.
+        inside: whether the layer's kernel evaluates the head; if not, `sampler` is kept and run.
+    """
+
+    def __init__(self, sampler: nn.Module, *, inside: bool) -> None:
+        super().__init__()
+        self.inside = inside
+        self.source = None if inside else sampler
+        self.settings = sampler.extra_repr()
+        if inside:
+            assert isinstance(sampler, Sampler)
+            self.kind = sampler.noise
+            self.seed, self.layer = sampler.seed, sampler.layer
+            self.register_buffer("ranks", sampler.ranks, persistent=False)
+        # Noise of the last few map sizes: a pure function of the size, not state.
+        self._noise: dict[tuple[int, int, int], Tensor] = {}
+
+    def noise(self, batch: int, height: int, width: int) -> Float[Tensor, "B 1 Ho Wo"]:
+        """What is added to the logits of a map of this size."""
+        if torch.compiler.is_compiling():
+            return self._draw(batch, height, width)
+        key = (batch, height, width)
+        noise = self._noise.get(key)
+        if noise is None:
+            noise = self._draw(batch, height, width)
+            # A new dict, not a changed one: other threads may be reading.
+            kept = list(self._noise.items())[-(_CACHED_SIZES - 1) :]
+            self._noise = {**dict(kept), key: noise}
+        return noise
+
+    def _draw(self, batch: int, height: int, width: int) -> Tensor:
+        return sampling_noise(
+            self.kind,
+            seed=self.seed,
+            layer=self.layer,
+            ranks=self.ranks,
+            batch=batch,
+            height=height,
+            width=width,
+            device=torch.device("cpu"),
+        )
+
+    def forward(
+        self, mask: Bool[Tensor, "B 1 Ho Wo"], probability: Float[Tensor, "B 1 Ho Wo"]
+    ) -> SamplingDecision:
+        """The decision, for hooks to see.
+
+        Args:
+            mask: (B, 1, Ho, Wo) bool.
+            probability: (B, 1, Ho, Wo) float32.
+
+        Returns:
+            Both, as a SamplingDecision.
+        """
+        return SamplingDecision(mask, probability, None)
+
+    def extra_repr(self) -> str:
+        """The source's settings, for repr."""
+        return self.settings
+
+
+class FrozenBlock(nn.Module):
+    """A sampled block or convolution for inference on the CPU: one operator call.
+
+    Made by :func:`sparsight.freeze` from a :class:`SampledBlock` or a :class:`SampledConv2d`, with
+    the norms folded and the weights packed. float32, any batch and input size.
+
+    Attributes:
+        samplers: what `record_sampling` watches, in the order of the source's.
+        downsample: the dense shortcut, or None.
+        params: packed weights, heads and interpolation kernels, flat float32 buffer.
+        spec: flat int64 buffer that describes them.
+
+    Args:
+        source: the layer to freeze; not changed.
+    """
+
+    params: Tensor
+    spec: Tensor
+
+    def __init__(self, source: SampledBlock | SampledConv2d) -> None:
+        super().__init__()
+        reason = refusal(source)
+        if reason is not None:
+            raise ValueError(
+                f"FrozenBlock: the layer cannot be frozen because {reason}; keep it unfrozen."
+            )
+        self.is_block = isinstance(source, SampledBlock)
+        owned = source.samplers_named()
+        self._sampler_names = [name for name, _ in owned]
+        samplers = [sampler for _, sampler in owned]
+        if isinstance(source, SampledBlock):
+            parts = [(conv, norm) for _, conv, norm, _ in source.convolutions()]
+            decisions = [decision for *_, decision in source.convolutions()]
+            strides = source.mask_strides()
+            fills = list(source.interpolations)
+        else:
+            parts, decisions, strides = [(source, nn.Identity())], [0], [(1, 1)]
+            fills = [source.interpolation]
+
+        # Masks are the decisions, then the coarser copies of them that layout a reads.
+        self._decision_of_mask = list(range(len(samplers)))
+        masks: list[tuple[int, tuple[int, int]]] = [(-1, (1, 1)) for _ in samplers]
+        mask_of_stage = []
+        for decision, stride in zip(decisions, strides, strict=True):
+            if stride == (1, 1):
+                mask_of_stage.append(decision)
+                continue
+            if (decision, stride) not in masks:
+                masks.append((decision, stride))
+                self._decision_of_mask.append(decision)
+            mask_of_stage.append(masks.index((decision, stride)))
+
+        inside = [
+            _head_is_inside(sampler, [c for c, _ in parts[: decisions.index(i) + 1]])
+            for i, sampler in enumerate(samplers)
+        ]
+        mask_specs = []
+        for i, (parent, stride) in enumerate(masks):
+            decision = self._decision_of_mask[i]
+            sampler, fill = samplers[decision], fills[decision]
+            head = sampler.head if parent < 0 and inside[decision] else None
+            log_kernel = fill.log_kernel() if hasattr(fill, "log_kernel") else None
+            mask_specs.append(
+                block_ops.MaskSpec(
+                    head_weight=None if head is None else head.weight,
+                    head_bias=None if head is None else head.bias,
+                    stride=stride if head is None else head.stride,
+                    grid_stride=(sampler.grid_stride or 0) if head is not None else 0,
+                    parent=parent,
+                    log_kernel=log_kernel,
+                    eps=getattr(fill, "eps", None),
+                )
+            )
+        stages = []
+        for i, (conv, norm) in enumerate(parts):
+            weight, bias = fold_norm(conv.weight, conv.bias, norm)
+            stages.append(
+                block_ops.StageSpec(
+                    weight=weight,
+                    bias=bias,
+                    mask=mask_of_stage[i],
+                    relu=i + 1 < len(parts),
+                    stride=conv.stride,
+                    padding=_padding(conv),
+                    dilation=conv.dilation,
+                    groups=conv.groups,
+                )
+            )
+        self.shapes = [
+            block_ops.StageShape(
+                in_channels=s.weight.shape[1] * s.groups,
+                out_channels=s.weight.shape[0],
+                groups=s.groups,
+                kernel=(s.weight.shape[2], s.weight.shape[3]),
+                stride=s.stride,
+                padding=s.padding,
+                dilation=s.dilation,
+                mask=s.mask,
+            )
+            for s in stages
+        ]
+        self.windows = [0 if m.log_kernel is None else m.log_kernel.shape[0] for m in mask_specs]
+        params, spec = block_ops.pack_block(mask_specs, stages, relu=self.is_block)
+        self.register_buffer("params", params)
+        self.register_buffer("spec", spec)
+        self.samplers = nn.ModuleList(
+            FrozenSampler(sampler, inside=flag)
+            for sampler, flag in zip(samplers, inside, strict=True)
+        )
+        self.downsample = source.downsample if isinstance(source, SampledBlock) else None
+        self.settings = source.extra_repr()
+        self.eval()
+
+    def forward(
+        self, x: Float[Tensor, "B C H W"], decision: SamplingDecision | None = None
+    ) -> Float[Tensor, "B O Ho Wo"]:
+        """Compute the layer.
+
+        Args:
+            x: (B, C, H, W) float32; channels-last is read in place, other layouts are copied.
+            decision: for a convolution only, a decision made elsewhere.
+
+        Returns:
+            (B, O, Ho, Wo) channels-last.
+
+        Raises:
+            TypeError: `x` is not float32.
+            ValueError: rank, channels or device are wrong, or `x` holds NaN that reaches a head.
+            RuntimeError: a gradient is asked for.
+        """
+        self._check(x)
+        batch, _, height, width = x.shape
+        sizes = block_ops.block_sizes(self.shapes, (height, width))
+        mask_sizes = []
+        for m in range(len(self._decision_of_mask)):
+            first = next(i for i, shape in enumerate(self.shapes) if shape.mask == m)
+            mask_sizes.append(sizes[first])
+        noise: list[Tensor | None] = []
+        given: list[Tensor | None] = []
+        for m, decision_index in enumerate(self._decision_of_mask):
+            sampler = self.samplers[decision_index]
+            assert isinstance(sampler, FrozenSampler)
+            is_copy = m >= len(self.samplers)
+            from_head = sampler.inside and decision is None and not is_copy
+            noise.append(sampler.noise(batch, *mask_sizes[m]) if from_head else None)
+            if is_copy or from_head:
+                given.append(None)
+            elif decision is not None:
+                given.append(decision.mask)
+            else:
+                assert sampler.source is not None
+                given.append(sampler.source(x).mask)
+        for mask, size in zip(given, mask_sizes, strict=True):
+            if mask is not None and tuple(mask.shape) != (batch, 1, *size):
+                raise ValueError(
+                    f"FrozenBlock: the decision's mask has shape {tuple(mask.shape)}, but "
+                    f"{(batch, 1, *size)} is needed; build the mask at output resolution."
+                )
+        shortcut = None
+        if self.is_block:
+            shortcut = x if self.downsample is None else self.downsample(x)
+        out, masks, logits = block_ops.sampled_block(
+            x,
+            shortcut,
+            noise,
+            given,
+            self.params,
+            self.spec,
+            output_shape=(batch, self.shapes[-1].out_channels, *sizes[-1]),
+            mask_positions=sum(h * w for h, w in mask_sizes),
+        )
+        self._show(masks, logits, given, mask_sizes)
+        return out
+
+    def _show(
+        self,
+        masks: Tensor,
+        logits: Tensor,
+        given: Sequence[Tensor | None],
+        sizes: Sequence[tuple[int, int]],
+    ) -> None:
+        """Pass the decisions through the samplers that are being watched."""
+        at = 0
+        for i, (height, width) in enumerate(sizes[: len(self.samplers)]):
+            end = at + height * width
+            sampler = self.samplers[i]
+            if sampler._forward_hooks:
+                mask = masks[:, at:end].view(-1, 1, height, width)
+                logit = logits[:, at:end].view(-1, 1, height, width)
+                known = given[i] is None
+                sampler(mask, torch.sigmoid(logit) if known else mask.float())
+            at = end
+
+    def _check(self, x: Tensor) -> None:
+        first = self.shapes[0]
+        if x.ndim != 4 or x.shape[1] != first.in_channels:
+            raise ValueError(
+                f"FrozenBlock: features have shape {tuple(x.shape)}, but (B, {first.in_channels}, "
+                "height, width) is needed; give it what the source layer takes."
+            )
+        if x.dtype != torch.float32:
+            raise TypeError(
+                f"FrozenBlock: features have dtype {x.dtype}, but the layer was frozen for "
+                "torch.float32; convert the input with x.float()."
+            )
+        if x.device.type != "cpu":
+            raise ValueError(
+                f"FrozenBlock: features are on {x.device}, but the frozen layer runs on the CPU; "
+                "move them with x.cpu(), or run the converted model on the device."
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "FrozenBlock: a gradient is asked for, but a frozen model is for inference; call "
+                "it under torch.inference_mode(), and train the converted model."
+            )
+
+    def samplers_named(self) -> list[tuple[str, nn.Module]]:
+        """The decisions' names relative to this module, as in the source, and what shows them."""
+        return list(zip(self._sampler_names, self.samplers, strict=True))
+
+    def gated_macs(self, i: int, height: int, width: int) -> int:
+        """Dense multiply-adds per image that decision `i`, of this size, gates."""
+        total = 0
+        for shape in self.shapes:
+            if self._decision_of_mask[shape.mask] != i:
+                continue
+            down = 1, 1
+            if shape.mask >= len(self.samplers):
+                # A coarser copy: its size follows from the stages between.
+                first = next(k for k, s in enumerate(self.shapes) if s.mask == shape.mask)
+                between = [
+                    s.stride
+                    for k, s in enumerate(self.shapes)
+                    if self._decision_index_first(i) < k <= first
+                ]
+                down = _product(between)
+            size = -(-height // down[0]) * -(-width // down[1])
+            total += size * shape.macs_per_position
+        return total
+
+    def _decision_index_first(self, i: int) -> int:
+        return next(k for k, s in enumerate(self.shapes) if self._decision_of_mask[s.mask] == i)
+
+    def train(self, mode: bool = True) -> "FrozenBlock":
+        """Refuse training mode."""
+        if mode:
+            raise RuntimeError(
+                "FrozenBlock.train: the model is frozen, for inference only; train the converted "
+                "model that it was made from, and freeze again."
+            )
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """What was packed, for repr."""
+        return ", ".join(filter(None, [self.settings, f"params={self.params.numel()}"]))
+
+
+def refusal(source: SampledBlock | SampledConv2d) -> str | None:
+    """Why a layer cannot be frozen, or None when it can."""
+    convs = (
+        [conv for _, conv, _, _ in source.convolutions()]
+        if isinstance(source, SampledBlock)
+        else [source]
+    )
+    fills = (
+        list(source.interpolations) if isinstance(source, SampledBlock) else [source.interpolation]
+    )
+    for conv in convs:
+        if conv.weight.dtype != torch.float32:
+            return f"its weights are {conv.weight.dtype} and the kernels are float32"
+        if conv.weight.device.type != "cpu":
+            return f"it is on {conv.weight.device} and the kernels run on the CPU"
+        if conv.kernel_size[0] * conv.kernel_size[1] > cpu.MAX_TAPS:
+            return f"its kernel {conv.kernel_size} has more than {cpu.MAX_TAPS} taps"
+        if conv.padding == "same" and any(
+            d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+        ):
+            return "padding='same' with an even kernel pads one side more than the other"
+    for fill in fills:
+        known = hasattr(fill, "log_kernel") or type(fill).__name__ == "ZeroFill"
+        if not known:
+            return f"its interpolation {type(fill).__name__} has no log_kernel()"
+        if getattr(fill, "window", 0) > cpu.MAX_WINDOW:
+            return f"its interpolation window exceeds {cpu.MAX_WINDOW}"
+    return None
+
+
+def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution with the batch norm after it folded in.
+
+    Args:
+        weight: (O, C/groups, kh, kw).
+        bias: (O,) or None.
+        norm: BatchNorm2d or torchvision's FrozenBatchNorm2d, used with its running statistics, or
+            Identity.
+
+    Returns:
+        The folded weight and bias, computed in float64 and rounded once.
+    """
+    with torch.no_grad():
+        offset = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
+        if bias is not None:
+            offset = bias.double()
+        if isinstance(norm, nn.Identity):
+            return weight.detach().clone(), offset.to(weight.dtype)
+        stats: Any = norm
+        mean, variance = stats.running_mean.double(), stats.running_var.double()
+        scale = (variance + stats.eps).rsqrt()
+        if stats.weight is not None:
+            scale = scale * stats.weight.double()
+        shift = (offset - mean) * scale
+        if stats.bias is not None:
+            shift = shift + stats.bias.double()
+        folded = weight.double() * scale.view(-1, 1, 1, 1)
+        return folded.to(weight.dtype), shift.to(weight.dtype)
+
+
+def _padding(conv: nn.Conv2d) -> tuple[int, int]:
+    if conv.padding == "valid":
+        return 0, 0
+    if conv.padding == "same":
+        down, right = (
+            d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+        )
+        return down, right
+    down, right = conv.padding
+    return int(down), int(right)
+
+
+def _head_is_inside(sampler: nn.Module, convs: Sequence[nn.Conv2d]) -> bool:
+    """Whether the kernel can evaluate the head: the published one, on the block's own input."""
+    if type(sampler) is not Sampler or sampler.border is not None:
+        return False
+    head = sampler.head
+    if tuple(head.padding) != (1, 1) or type(head) is not nn.Conv2d:
+        return False
+    if tuple(head.stride) != _product([conv.stride for conv in convs]):
+        return False
+    # The head's map has the size of the last convolution's at every input size only if each
+    # convolution keeps ceil(size / stride).
+    return all(
+        2 * p == d * (k - 1)
+        for conv in convs
+        for p, d, k in zip(_padding(conv), conv.dilation, conv.kernel_size, strict=True)
+    )
+
+
+def _product(strides: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+    down, right = 1, 1
+    for stride in strides:
+        down, right = down * stride[0], right * stride[1]
+    return down, right

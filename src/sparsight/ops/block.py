@@ -1,0 +1,264 @@
+"""`sampled_block`: heads, masks, convolutions, interpolation and residual of a block in one call.
+
+A residual block of separate calls would pay for each: 14 us of arrays, a pass over memory, a
+parallel region. The block is data here (`spec`, `params`, see csrc/sampled_block.h); the modules
+that write it are in `sparsight.nn.frozen_block`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsight import _kernels
+from sparsight.ops import cpu
+from sparsight.ops.conv import output_size
+from sparsight.ops.operators import LIBRARY
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """One mask of a block.
+
+    Attributes:
+        head_weight: (1, C, 3, 3) and head_bias (1,), of the head; None where the mask is given by
+            the caller or derived.
+        head_bias: see head_weight.
+        stride: of the head, or of the derivation.
+        grid_stride: of the grid prior, 0 for none.
+        parent: index of the mask that this one takes every `stride`-th position of, or -1.
+        log_kernel: (K, K), or None to leave holes at zero.
+        eps: of the division, or None for the exact one.
+    """
+
+    head_weight: Tensor | None
+    head_bias: Tensor | None
+    stride: tuple[int, int]
+    grid_stride: int
+    parent: int
+    log_kernel: Tensor | None
+    eps: float | None
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One convolution of a block.
+
+    Attributes:
+        weight: (O, C/groups, kh, kw) float32, norm folded in.
+        bias: (O,) float32.
+        mask: index of the mask that it is computed at.
+        relu: whether ReLU follows at once.
+        stride: vertical and horizontal step; padding, dilation and groups likewise as in Conv2d.
+        padding: see stride.
+        dilation: see stride.
+        groups: see stride.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mask: int
+    relu: bool
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+def pack_weight(weight: Tensor, groups: int) -> Tensor:
+    """The blocked layout of a float32 (O, C/groups, kh, kw) weight, flat; see csrc/pack.h."""
+    ones = (1, 1)
+    numbers = cpu.geometry(
+        tuple(weight.shape), ones, ones, stride=ones, padding=ones, dilation=ones, groups=groups
+    )
+    packed = torch.empty(_kernels.packed_size(numbers))
+    source = weight.detach().float().contiguous()
+    _kernels.pack_weight(numbers, source.data_ptr(), packed.data_ptr())
+    return packed
+
+
+def _kernel_tables(log_kernel: Tensor) -> Tensor:
+    """Log kernel, kernel, and all ratios of two kernel values, flat."""
+    logs = log_kernel.detach().float().contiguous().flatten()
+    taps = logs.numel()
+    kernel, ratios = torch.empty(taps), torch.empty(taps * taps)
+    _kernels.kernel_ratios(logs.data_ptr(), taps, ratios.data_ptr(), kernel.data_ptr())
+    return torch.cat([logs, kernel, ratios])
+
+
+def pack_block(
+    masks: Sequence[MaskSpec], stages: Sequence[StageSpec], *, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """Write a block down for `sampled_block`.
+
+    Args:
+        masks: at most three.
+        stages: the convolutions, first to last; a mask has the output size of the first stage that
+            it gates.
+        relu: whether ReLU follows the residual addition.
+
+    Returns:
+        params, a flat float32 tensor, and spec, a flat int64 tensor.
+    """
+    parts: list[Tensor] = []
+    offset = 0
+
+    def store(values: Tensor) -> int:
+        nonlocal offset
+        at = offset
+        # Whole cache lines, so that a panel's loads never straddle two.
+        padded = torch.zeros((values.numel() + 15) // 16 * 16)
+        padded[: values.numel()] = values.detach().float().flatten()
+        parts.append(padded)
+        offset += padded.numel()
+        return at
+
+    first = stages[0]
+    in_channels = first.weight.shape[1] * first.groups
+    heads = [m.head_weight for m in masks if m.head_weight is not None]
+    head_at = -1
+    if heads:
+        columns = torch.zeros(_kernels.PANEL, in_channels, 1, 1)
+        for i, head in enumerate(heads):
+            columns[9 * i : 9 * i + 9, :, 0, 0] = head[0].detach().float().flatten(1).T
+        head_at = store(pack_weight(columns, 1))
+    spec = [_kernels.SPEC_VERSION, in_channels, len(masks), len(stages), int(relu), head_at]
+    column = 0
+    for m in masks:
+        bias_at = -1 if m.head_bias is None else store(m.head_bias)
+        window = 1 if m.log_kernel is None else m.log_kernel.shape[0]
+        kernel_at = -1 if m.log_kernel is None else store(_kernel_tables(m.log_kernel))
+        eps_at = -1 if m.eps is None else store(torch.tensor([m.eps]))
+        fill = int(m.log_kernel is None)
+        spec += [
+            m.parent,
+            column,
+            bias_at,
+            *m.stride,
+            m.grid_stride,
+            fill,
+            window,
+            kernel_at,
+            eps_at,
+        ]
+        column += 9 if m.head_weight is not None else 0
+    for stage in stages:
+        out_channels, in_per_group, *kernel = stage.weight.shape
+        panels = -(-out_channels // _kernels.PANEL)
+        bias = torch.zeros(panels * _kernels.PANEL)
+        bias[:out_channels] = stage.bias.detach()
+        weight_at = store(pack_weight(stage.weight, stage.groups))
+        spec += [in_per_group * stage.groups, out_channels, stage.groups, *kernel, *stage.stride]
+        spec += [
+            *stage.padding,
+            *stage.dilation,
+            stage.mask,
+            int(stage.relu),
+            weight_at,
+            store(bias),
+        ]
+    return torch.cat(parts), torch.tensor(spec, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """What of a stage is needed to know its sizes and its cost, without its weights."""
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    mask: int
+
+    @property
+    def macs_per_position(self) -> int:
+        """Multiply-adds of one output position."""
+        return (
+            self.out_channels * (self.in_channels // self.groups) * self.kernel[0] * self.kernel[1]
+        )
+
+
+def block_sizes(stages: Sequence[StageShape], input_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Output size of every stage for an input size."""
+    sizes = []
+    size = input_size
+    for stage in stages:
+        size = output_size(size, stage.kernel, stage.stride, stage.padding, stage.dilation)
+        sizes.append(size)
+    return sizes
+
+
+LIBRARY.define(
+    "sampled_block(Tensor x, Tensor? shortcut, Tensor?[] noise, Tensor?[] given, Tensor params, "
+    "Tensor spec, SymInt[] output_shape, SymInt mask_positions) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(LIBRARY, "sampled_block", "CPU")
+def _block_cpu(
+    x: Tensor,
+    shortcut: Tensor | None,
+    noise: list[Tensor | None],
+    given: list[Tensor | None],
+    params: Tensor,
+    spec: Tensor,
+    output_shape: list[int],
+    mask_positions: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return cpu.sampled_block(x, shortcut, noise, given, params, spec, output_shape, mask_positions)
+
+
+@torch.library.register_fake("sparsight::sampled_block", lib=LIBRARY)
+def _block_fake(
+    x: Tensor,
+    shortcut: Tensor | None,
+    noise: list[Tensor | None],
+    given: list[Tensor | None],
+    params: Tensor,
+    spec: Tensor,
+    output_shape: list[int],
+    mask_positions: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = x.new_empty(output_shape).contiguous(memory_format=torch.channels_last)
+    masks = x.new_empty((x.shape[0], mask_positions), dtype=torch.bool)
+    return out, masks, x.new_empty((x.shape[0], mask_positions))
+
+
+def sampled_block(
+    x: Tensor,
+    shortcut: Tensor | None,
+    noise: Sequence[Tensor | None],
+    given: Sequence[Tensor | None],
+    params: Tensor,
+    spec: Tensor,
+    *,
+    output_shape: Sequence[int],
+    mask_positions: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a packed block. Inference only.
+
+    Args:
+        x: (B, C, H, W) float32 on the CPU.
+        shortcut: (B, O, Ho, Wo) added to the filled branch, or None.
+        noise: per mask, (B, 1, height, width) float32 added to its logits; None where the mask is
+            given or derived.
+        given: per mask, (B, 1, height, width) bool that replaces the head's decision, or None.
+        params: from `pack_block`.
+        spec: from `pack_block`.
+        output_shape: (B, O, Ho, Wo).
+        mask_positions: total size of the masks of one image.
+
+    Returns:
+        The output (B, O, Ho, Wo) channels-last; all masks, (B, mask_positions) bool, one after
+        another; their logits, (B, mask_positions), undefined for masks without a head.
+
+    Raises:
+        ValueError: the logits of an image hold NaN.
+    """
+    return torch.ops.sparsight.sampled_block(
+        x, shortcut, list(noise), list(given), params, spec, list(output_shape), mask_positions
+    )
