@@ -99,10 +99,16 @@ class SampledBlock(nn.Module):
         self.layout: Layout = layout
         self._decision_of = _DECISIONS[layout, num_convs]
 
+        convs = self._convs()
+        # For every convolution, the steps at which it reads its decision's mask.
+        self._mask_strides: list[tuple[int, int]] = []
+        for i, decision in enumerate(self._decision_of):
+            first = self._decision_of.index(decision)
+            self._mask_strides.append(_total_stride(convs[first + 1 : i + 1]))
         samplers, interpolations = [], []
         for decision in range(max(self._decision_of) + 1):
             first = self._decision_of.index(decision)
-            vertical, horizontal = _total_stride(self._convs()[: first + 1])
+            vertical, horizontal = _total_stride(convs[: first + 1])
             stride = vertical if vertical == horizontal else (vertical, horizontal)
             samplers.append(sampler(self.conv1.in_channels, stride=stride))
             if isinstance(interpolation, nn.Module):
@@ -164,12 +170,7 @@ class SampledBlock(nn.Module):
 
         (1, 1) but for layout a with a stride after conv1, where one mask serves two resolutions.
         """
-        convs = self._convs()
-        strides = []
-        for i, decision in enumerate(self._decision_of):
-            first = self._decision_of.index(decision)
-            strides.append(_total_stride(convs[first + 1 : i + 1]))
-        return strides
+        return list(self._mask_strides)
 
     def samplers_named(self) -> list[tuple[str, nn.Module]]:
         """The samplers owned here, by relative name; the index in this list is the decision's."""
@@ -195,7 +196,7 @@ class SampledBlock(nn.Module):
                 f"{len(self.samplers)} decisions here; pass 0 to {len(self.samplers) - 1}."
             )
         total = 0
-        convs_and_strides = zip(self._convs(), self.mask_strides(), strict=True)
+        convs_and_strides = zip(self._convs(), self._mask_strides, strict=True)
         for decision, (conv, (down, right)) in zip(
             self._decision_of, convs_and_strides, strict=True
         ):
@@ -208,7 +209,7 @@ class SampledBlock(nn.Module):
         return [getattr(self, f"conv{i}") for i in range(1, len(self._decision_of) + 1)]
 
     def _mask_of(self, i: int, masks: list[Tensor]) -> Tensor:
-        down, right = self.mask_strides()[i]
+        down, right = self._mask_strides[i]
         mask = masks[self._decision_of[i]]
         return mask if down == right == 1 else mask[..., ::down, ::right]
 
