@@ -129,7 +129,7 @@ class _Frame:
     Attributes:
         name: qualified name.
         module: the module.
-        samplers: of a module that samples: the index of each of its samplers, by id.
+        samplers: of a module that samples: index and name of each of its samplers, by id.
         masks: what they decided in this call, by index.
         declared: ids of the modules below whose multiply-adds are read off the masks, or off a
             declaration of this module, so that the operators they run are not booked.
@@ -138,7 +138,7 @@ class _Frame:
 
     name: str
     module: nn.Module
-    samplers: dict[int, int] = field(default_factory=dict)
+    samplers: dict[int, tuple[int, str]] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
     declared: set[int] = field(default_factory=set)
     is_sampler: bool = False
@@ -177,8 +177,8 @@ class _Tally:
     def enter(self, name: str, module: nn.Module) -> None:
         frame = _Frame(name, module)
         if owns_samplers(module):
-            samplers = [sampler for _, sampler in samplers_of(module)]
-            frame.samplers = {id(sampler): index for index, sampler in enumerate(samplers)}
+            for index, (child, sampler) in enumerate(samplers_of(module)):
+                frame.samplers[id(sampler)] = index, join(name, child)
             shortcut = [conv for _, conv in shortcut_convolutions(module)]
             below = [*convolution_modules(module), *interpolation_modules(module), *shortcut]
             frame.declared = {id(child) for child in below}
@@ -199,13 +199,15 @@ class _Tally:
             for row in sampled_layers(frame.name, module, _masks(frame, args, kwargs)):
                 self.add(row)
         elif isinstance(out, SamplingDecision):
+            name = frame.name
             for owner in reversed(self.stack):
                 if id(module) in owner.samplers:
-                    owner.masks[owner.samplers[id(module)]] = out.mask
+                    index, name = owner.samplers[id(module)]
+                    owner.masks[index] = out.mask
                     break
             if frame.declared:
                 macs = convolution_macs(module.head, out.mask.numel())
-                self.add(LayerMacs(frame.name, "Sampler", 0, macs))
+                self.add(LayerMacs(name, "Sampler", 0, macs))
         elif frame.declared:
             macs = convolution_macs(module.source_conv, out.numel() // out.shape[1])
             self.add(LayerMacs(frame.name, "Conv2d", macs, macs))

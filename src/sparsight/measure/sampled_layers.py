@@ -126,8 +126,9 @@ def gated_convolutions(owner: Any, masks: Sequence[Tensor]) -> list[GatedConvolu
         else:
             steps[index] = 1, 1
         mask = masks[index][..., :: steps[index][0], :: steps[index][1]]
-        filler = owner.interpolations[index]
-        pairs.append(GatedConvolution(name, conv, mask, f"interpolations.{index}", filler))
+        # A frozen convolution is its own and only part, without a name: as before it was frozen.
+        filler = f"interpolations.{index}" if name else "interpolation"
+        pairs.append(GatedConvolution(name, conv, mask, filler, owner.interpolations[index]))
     return pairs
 
 
