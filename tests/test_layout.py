@@ -373,5 +373,5 @@ def test_unpickling_and_machine_paths_are_found(tmp_path):
 
 
 def test_annotations_are_shipped():
-    """PEP 561: without this file type checkers ignore every annotation of an installed sparsight."""
+    """PEP 561: without this file type checkers ignore the annotations of an installed package."""
     assert (ROOT / "src" / PACKAGE / "py.typed").exists()
