@@ -225,19 +225,19 @@ class FrozenBlock(nn.Module):
             mask_sizes.append(sizes[first])
         noise: list[Tensor | None] = []
         given: list[Tensor | None] = []
+        elsewhere: list[SamplingDecision | None] = []
         for m, decision_index in enumerate(self._decision_of_mask):
             sampler = self.samplers[decision_index]
             assert isinstance(sampler, FrozenSampler)
             is_copy = m >= len(self.samplers)
             from_head = sampler.inside and decision is None and not is_copy
             noise.append(sampler.noise(batch, *mask_sizes[m]) if from_head else None)
-            if is_copy or from_head:
-                given.append(None)
-            elif decision is not None:
-                given.append(decision.mask)
-            else:
+            made = decision
+            if made is None and not sampler.inside and not is_copy:
                 assert sampler.source is not None
-                given.append(sampler.source(x).mask)
+                made = sampler.source(x)
+            elsewhere.append(made)
+            given.append(None if made is None or is_copy else made.mask)
         for mask, size in zip(given, mask_sizes, strict=True):
             if mask is not None and tuple(mask.shape) != (batch, 1, *size):
                 raise ValueError(
@@ -257,26 +257,25 @@ class FrozenBlock(nn.Module):
             output_shape=(batch, self.shapes[-1].out_channels, *sizes[-1]),
             mask_positions=sum(h * w for h, w in mask_sizes),
         )
-        self._show(masks, logits, given, mask_sizes)
+        self._show(masks, logits, elsewhere, mask_sizes)
         return out
 
     def _show(
         self,
         masks: Tensor,
         logits: Tensor,
-        given: Sequence[Tensor | None],
+        elsewhere: Sequence[SamplingDecision | None],
         sizes: Sequence[tuple[int, int]],
     ) -> None:
         """Pass the decisions through the samplers that are being watched."""
         at = 0
         for i, (height, width) in enumerate(sizes[: len(self.samplers)]):
             end = at + height * width
-            sampler = self.samplers[i]
+            sampler, made = self.samplers[i], elsewhere[i]
             if sampler._forward_hooks:
                 mask = masks[:, at:end].view(-1, 1, height, width)
                 logit = logits[:, at:end].view(-1, 1, height, width)
-                known = given[i] is None
-                sampler(mask, torch.sigmoid(logit) if known else mask.float())
+                sampler(mask, torch.sigmoid(logit) if made is None else made.probability)
             at = end
 
     def _check(self, x: Tensor) -> None:

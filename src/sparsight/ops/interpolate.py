@@ -121,8 +121,7 @@ def interpolate(
         ValueError: shapes or devices do not fit, the window is even, eps is not positive.
 
     Cost: at most K*K MACs per channel and hole; weights below 2^-30 of the sum are skipped (float32
-        on
-    the CPU, compiled kernel; other dtypes and devices run `ops.reference`).
+    on the CPU, compiled kernel; other dtypes and devices run `ops.reference`).
 
     Gradient: with respect to features, a float mask, and log_kernel.
 

@@ -1,0 +1,73 @@
+"""Only norms that alone read a convolution are folded."""
+
+import pytest
+import torch
+from sparsight.convert.fold import fold_norms
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+
+class Net(nn.Module):
+    def __init__(self, use, norm=nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv, self.norm, self.use = nn.Conv2d(3, 4, 3), norm(4), use
+        self.other = nn.Conv2d(4, 4, 1)
+        for values in (self.norm.running_mean, self.norm.running_var):
+            values.uniform_(0.5, 1.5)
+
+    def forward(self, x):
+        return self.use(self, x)
+
+
+def check(use, folded, norm=nn.BatchNorm2d) -> None:
+    torch.manual_seed(0)
+    net = Net(use, norm).eval().requires_grad_(False)
+    x = torch.randn(2, 3, 9, 9)
+    expected = net(x)
+    assert fold_norms(net, x) == folded
+    assert isinstance(net.norm, nn.Identity) == bool(folded)
+    torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
+
+
+PAIR = [("conv", "norm")]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
+def test_a_norm_that_alone_reads_the_convolution_is_folded(norm) -> None:
+    check(lambda n, x: n.norm(n.conv(x)).relu(), PAIR, norm)
+
+
+def test_an_in_place_activation_after_the_norm_is_no_hindrance() -> None:
+    check(lambda n, x: n.norm(n.conv(x)).relu_(), PAIR)
+
+
+def test_a_functional_reader_beside_the_norm_prevents_it() -> None:
+    def use(n, x):
+        y = n.conv(x)
+        return n.norm(y) + y.sigmoid()
+
+    check(use, [])
+
+
+def test_a_module_that_reads_it_too_prevents_it() -> None:
+    def use(n, x):
+        y = n.conv(x)
+        return n.norm(y) + n.other(y)
+
+    check(use, [])
+
+
+def test_an_operation_between_prevents_it() -> None:
+    check(lambda n, x: n.norm(n.conv(x).relu()), [])
+
+
+def test_a_convolution_that_runs_twice_is_left() -> None:
+    check(lambda n, x: n.norm(n.conv(x)) + n.norm(n.conv(x + 1)), [])
+
+
+def test_a_convolution_without_a_norm_is_left() -> None:
+    check(lambda n, x: n.other(n.conv(x)), [])
+
+
+def test_an_affine_free_norm_is_folded() -> None:
+    check(lambda n, x: n.norm(n.conv(x)), PAIR, lambda c: nn.BatchNorm2d(c, affine=False))
