@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from sparsight.nn import (
     AveragePoolInterpolation,
     ConvInterpolation,

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+
 from sparsight.nn.noise import blue_noise_ranks, blue_noise_tile, sampling_noise, training_noise
 
 KINDS = ["white", "blue"]
@@ -133,7 +134,7 @@ def test_tile_holds_each_rank_once(size):
 
 
 def test_tile_has_little_energy_at_low_frequencies():
-    """Blue: the periodogram below a third of the principal frequency is a tenth of white noise's."""
+    """Below a third of the principal frequency, a tenth of white noise's power."""
     mask = (blue_noise_tile(64) < 0.25).float()
     power = torch.fft.fft2(mask - mask.mean()).abs() ** 2 / mask.numel()
     frequency = torch.fft.fftfreq(64)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from sparsight.nn import RBFInterpolation, SampledConv2d, Sampler, SamplingDecision, ZeroFill
 from torch import nn
+
+from sparsight.nn import RBFInterpolation, SampledConv2d, Sampler, SamplingDecision, ZeroFill
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 

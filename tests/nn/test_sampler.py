@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from sparsight.nn import Sampler, SamplingDecision
 from torch import nn
+
+from sparsight.nn import Sampler, SamplingDecision
 
 NOISES = ["white", "blue", "none"]
 
@@ -202,7 +203,8 @@ def test_align_to_gives_the_size_and_the_centres_of_any_convolution(options):
     ramp_y = torch.arange(24.0)[:, None].expand(24, 24)
     logits = (
         sampler.head(
-            ramp_y[None, None] if sampler.border is None
+            ramp_y[None, None]
+            if sampler.border is None
             else nn.functional.pad(ramp_y[None, None], sampler.border)
         )
         + 0.5
@@ -210,9 +212,11 @@ def test_align_to_gives_the_size_and_the_centres_of_any_convolution(options):
     column = logits.shape[1] // 2
     rows = torch.arange(logits.shape[0])
     reach = conv.dilation[0] * (conv.kernel_size[0] - 1)
-    padding = {"same": reach // 2, "valid": 0}.get(conv.padding) if isinstance(
-        conv.padding, str
-    ) else conv.padding[0]
+    padding = (
+        {"same": reach // 2, "valid": 0}.get(conv.padding)
+        if isinstance(conv.padding, str)
+        else conv.padding[0]
+    )
     centre = rows * conv.stride[0] - padding + reach / 2
     inside = (centre >= 1) & (centre <= 22)
     assert inside.any()
@@ -297,7 +301,10 @@ def test_compiles_without_a_graph_break(noise, training):
 @pytest.mark.parametrize("noise", NOISES)
 def test_exports_with_a_free_size_and_the_same_mask(noise):
     sampler = random_head(Sampler(4, noise=noise)).eval()
-    height, width = torch.export.Dim("height", min=2, max=512), torch.export.Dim("width", min=2, max=512)
+    height, width = (
+        torch.export.Dim("height", min=2, max=512),
+        torch.export.Dim("width", min=2, max=512),
+    )
     program = torch.export.export(
         sampler, (torch.randn(2, 4, 13, 9),), dynamic_shapes=({2: height, 3: width},)
     )
