@@ -300,11 +300,12 @@ def _is_lazy(module: nn.Module) -> bool:
 
 def _refuse_replacement(module: nn.Module) -> str | None:
     """Why this module object cannot be replaced by another one, whatever it computes."""
-    if any(getattr(module, kind, None) for kind in _HOOKS):
-        return "hooks are registered on it, which replacing it would drop; remove them first"
+    # First: some parametrizations bring hooks of their own.
     if parametrize.is_parametrized(module):
         return (
             "a parametrization is registered on it, which replacing it would drop; remove it "
             "first, with torch.nn.utils.parametrize.remove_parametrizations"
         )
+    if any(getattr(module, kind, None) for kind in _HOOKS):
+        return "hooks are registered on it, which replacing it would drop; remove them first"
     return None
