@@ -46,8 +46,8 @@ class RBFInterpolation(nn.Module):
     Example:
         >>> mask = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
         >>> mask[..., 1, 1] = True
-        >>> RBFInterpolation()(torch.arange(9.0).view(1, 1, 3, 3), mask).unique()
-        tensor([4.], grad_fn=...)
+        >>> RBFInterpolation()(torch.arange(9.0).view(1, 1, 3, 3), mask).unique().tolist()
+        [4.0]
 
     Source: Xie et al., ECCV 2020, arXiv 2003.08866, section 3.3. We normalise in log space by
     default; the prefactor, which then cancels, is only applied with `eps`.

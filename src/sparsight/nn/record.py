@@ -66,6 +66,8 @@ def record_sampling(model: nn.Module) -> Iterator[SamplingRecord]:
             not run hooks.
 
     Example:
+        >>> import torch
+        >>> from sparsight.nn import SampledConv2d, Sampler, ZeroFill
         >>> conv = SampledConv2d(
         ...     3, 8, 1, sampler=Sampler(3, bias=0.0), interpolation=ZeroFill()
         ... ).eval()

@@ -1,7 +1,5 @@
 """A convolution that is computed where a sampler says so, and interpolated elsewhere."""
 
-from typing import Self
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -80,7 +78,7 @@ class SampledConv2d(nn.Conv2d):
     @classmethod
     def from_conv(
         cls, conv: nn.Conv2d, *, sampler: nn.Module | None, interpolation: nn.Module
-    ) -> Self:
+    ) -> "SampledConv2d":
         """Sample the output of an existing convolution.
 
         Args:
