@@ -109,6 +109,8 @@ NB_MODULE(_kernels, m) {
   m.attr("MAX_TAPS") = kMaxTaps;
   m.attr("MAX_WINDOW") = kMaxWindow;
   m.attr("SPEC_VERSION") = kSpecVersion;
+  m.attr("MASK_FIELDS") = static_cast<int64_t>(kMaskFields);
+  m.attr("STAGE_FIELDS") = static_cast<int64_t>(kStageFields);
   m.def("available_isas", [] {
     std::vector<std::string> names;
     for (const char* name : {"scalar", "avx2", "avx512"})
@@ -134,8 +136,15 @@ NB_MODULE(_kernels, m) {
     pack_weight(g, pack_kind(g.in_channels, g.out_channels, g.groups), ptr<const float>(weight),
                 ptr<float>(packed));
   });
-  m.def("kernel_ratios", [](uintptr_t log_kernel, int64_t taps, uintptr_t ratio, uintptr_t kernel) {
-    kernel_ratios(ptr<const float>(log_kernel), taps, ptr<float>(ratio), ptr<float>(kernel));
+  m.def("fill_tables", [](uintptr_t log_kernel, int64_t window) {
+    OwnedFillTables owned;
+    owned.build(ptr<const float>(log_kernel), window);
+    const FillTables& t = *owned.get();
+    const auto* words = reinterpret_cast<const int64_t*>(t.level);
+    const int64_t num_words = (2 * t.num_levels + 1) * kWindowWords;
+    return nb::make_tuple(
+        t.num_levels, std::vector<int64_t>(words, words + num_words),
+        std::vector<float>(t.ratio, t.ratio + (t.num_levels + 1) * window * window));
   });
   m.def("sampled_conv", &sampled_conv);
   m.def("hard_fill", [](uintptr_t features, uintptr_t mask, uintptr_t log_kernel, int64_t batch,

@@ -1,7 +1,7 @@
 // Fill the holes of a map from the sites in a window x window neighbourhood.
 //
 //   hard (inference):  for each hole p: over the sites q in its window
-//     w_q = exp(log_kernel[q - p] - max over those sites)   (a table of ratios: no exp at run time)
+//     w_q = exp(log_kernel[q - p] - max over those sites)   (tables by level: no exp at run time)
 //     out[p][:] = sum_q w_q values[q][:] / sum_q w_q, then + residual, activation; sites are copied
 //   soft (training):   the same with w_q = exp(log_kernel[q - p] + log M_q - max), a row kept as
 //     M_p Y_p + (1 - M_p) I_p; backward gathers, so that no two threads write one row.
@@ -11,7 +11,6 @@
 // namespace.
 
 constexpr int kMaxWindowTaps = kMaxWindow * kMaxWindow;
-constexpr float kNegligible = 9.3132257e-10f;  // 2^-30
 // Bound of dI/dM: without it a narrow kernel beside a mask of 0 overflows, and inf * 0 is NaN.
 constexpr float kSteepest = 1.2089258e24f;  // 2^80, as in ops/reference.py
 
@@ -39,74 +38,88 @@ static inline void combine_rows(const float* const* rows, const float* weights, 
   }
 }
 
-// Taps of the window of (y, x) that are sites, in ascending order.
-static inline int sites_in_window(const FillCall& call, int64_t y, int64_t x, int* taps) {
-  int count = 0;
-  for (int64_t dy = 0; dy < call.window; ++dy) {
-    const uint8_t* row = call.padded_mask + (y + dy) * call.padded_width + x;
-    for (int64_t base = 0; base < call.window; base += 8) {
-      uint64_t bytes;
-      __builtin_memcpy(&bytes, row + base, 8);
-      const int64_t width = call.window - base;
-      if (width < 8) bytes &= (1ull << (8 * width)) - 1;
-      while (bytes) {
-        const int bit = __builtin_ctzll(bytes);
-        taps[count++] = (int)(dy * call.window + base + bit / 8);
-        bytes &= ~(0xffull << (bit & ~7));
-      }
-    }
+// The sites in the window of (y, x): bit dy * window + dx of word 0, or of the words it spills
+// into.
+static inline void window_bits(const FillCall& call, int64_t y, int64_t x, uint64_t* words) {
+  const int window = (int)call.window;
+  for (int i = 0; i < kWindowWords; ++i) words[i] = 0;
+  int at = 0;
+  const uint8_t* row = call.bits + y * call.bits_stride + (x >> 3);
+  for (int dy = 0; dy < window; ++dy, row += call.bits_stride, at += window) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, row, 8);
+    bits = (bits >> (x & 7)) & ((1ull << window) - 1);
+    words[at >> 6] |= bits << (at & 63);
+    if ((at & 63) + window > 64) words[(at >> 6) + 1] |= bits >> (64 - (at & 63));
   }
-  return count;
+}
+
+// Chooses the sites that count for a hole and their normalised weights; returns how many. The taps
+// of one level share a kernel value, levels descend; `keep` of the first level that holds a site
+// says which taps weigh at least kNegligible of it.
+template <int WORDS>
+static inline int choose_sites(const FillCall& call, const uint64_t* words, int* taps,
+                               float* weights) {
+  const FillTables& t = *call.tables;
+  const float* row = t.kernel;  // with eps: the kernel itself
+  const uint64_t* keep = t.keep_eps;
+  float total = call.eps;
+  if (call.eps < 0.0f) {
+    int level = 0;
+    for (; level < t.num_levels; ++level) {
+      uint64_t any = 0;
+      for (int w = 0; w < WORDS; ++w) any |= words[w] & t.level[level][w];
+      if (any) break;
+    }
+    if (level == t.num_levels) return 0;
+    keep = t.keep[level];
+    row = t.ratio + level * call.window * call.window;
+    total = 0.0f;
+  }
+  int kept = 0;
+  for (int w = 0; w < WORDS; ++w)
+    for (uint64_t left = words[w] & keep[w]; left; left &= left - 1) {
+      const int tap = 64 * w + __builtin_ctzll(left);
+      taps[kept] = tap;
+      weights[kept] = row[tap];
+      total += row[tap];
+      ++kept;
+    }
+  if (kept == 0) return 0;
+  const float inverse = 1.0f / total;
+  for (int i = 0; i < kept; ++i) weights[i] *= inverse;
+  return kept;
 }
 
 static void fill(const FillCall& call, int64_t begin, int64_t end) {
   const int64_t radius = call.window / 2;
-  const int64_t square = call.window * call.window;
+  const int center = (int)(radius * call.window + radius);
+  int64_t step[kMaxWindowTaps];  // from a position to its taps
+  for (int64_t dy = 0; dy < call.window; ++dy)
+    for (int64_t dx = 0; dx < call.window; ++dx)
+      step[dy * call.window + dx] = (dy - radius) * call.width + dx - radius;
   int taps[kMaxWindowTaps];
   const float* rows[kMaxWindowTaps];
   float weights[kMaxWindowTaps];
+  uint64_t words[kWindowWords];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t p = call.positions ? call.positions[i] : i;
     const int64_t y = (uint32_t)p / (uint32_t)call.width;
     const int64_t x = p - y * call.width;
     float* out = call.output + p * call.output_stride;
     const float* residual = call.residual ? call.residual + p * call.residual_stride : nullptr;
+    window_bits(call, y, x, words);
     int kept = 0;
-    if (call.padded_mask[(y + radius) * call.padded_width + x + radius]) {
+    if (words[center >> 6] >> (center & 63) & 1) {
       rows[0] = call.values + (call.row_of ? call.row_of[p] : p) * call.values_stride;
       if (rows[0] == out && !residual && !call.relu) continue;
       weights[0] = 1.0f;
       kept = 1;
-    } else if (!call.zero_fill) {
-      const int count = sites_in_window(call, y, x, taps);
-      float total = 0.0f;
-      if (call.eps < 0.0f) {
-        int best = 0;
-        for (int t = 1; t < count; ++t)
-          if (call.log_kernel[taps[t]] > call.log_kernel[taps[best]]) best = t;
-        const float* ratio = count ? call.ratio + taps[best] * square : nullptr;
-        for (int t = 0; t < count; ++t) {
-          const float w = ratio[taps[t]];
-          if (!(w > kNegligible)) continue;
-          weights[kept] = w;
-          taps[kept++] = taps[t];
-          total += w;
-        }
-      } else {
-        total = call.eps;
-        for (int t = 0; t < count; ++t) {
-          const float w = call.kernel[taps[t]];
-          if (!(w > kNegligible * call.eps)) continue;
-          weights[kept] = w;
-          taps[kept++] = taps[t];
-          total += w;
-        }
-      }
-      const float inverse = kept ? 1.0f / total : 0.0f;
+    } else if (call.tables) {
+      kept = call.window <= 8 ? choose_sites<1>(call, words, taps, weights)
+                              : choose_sites<kWindowWords>(call, words, taps, weights);
       for (int t = 0; t < kept; ++t) {
-        weights[t] *= inverse;
-        const int64_t dy = taps[t] / call.window, dx = taps[t] - dy * call.window;
-        const int64_t q = (y + dy - radius) * call.width + x + dx - radius;
+        const int64_t q = p + step[taps[t]];
         rows[t] = call.values + (call.row_of ? call.row_of[q] : q) * call.values_stride;
       }
     }

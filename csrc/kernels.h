@@ -45,18 +45,28 @@ struct ConvCall {
   bool relu;
 };
 
+// What a hard fill knows of its kernel, made once. Taps are numbered dy * window + dx; a set of
+// taps is kWindowWords words of bits.
+constexpr int kWindowWords = (kMaxWindow * kMaxWindow + 63) / 64;
+constexpr float kNegligible = 1.4901161e-8f;  // 2^-26
+struct FillTables {
+  int64_t num_levels;  // distinct kernel values, the largest first; zeros left out
+  const uint64_t (*level)[kWindowWords];  // taps of a level
+  const uint64_t (*keep)[kWindowWords];   // taps that matter when the level is the best one seen
+  const uint64_t* keep_eps;               // taps that matter at all, with eps
+  const float* ratio;                     // num_levels x window^2: kernel[tap] / value of the level
+  const float* kernel;                    // window^2
+};
+
 // Fill the holes of one image from the sites in their windows.
 struct FillCall {
   int64_t height, width, channels, window;
-  const uint8_t* padded_mask;  // (height + 2 radius) x padded_width, 1 at sites, zero border
-  int64_t padded_width;        // >= width + 2 radius + 8
-  const float* log_kernel;     // window^2
-  const float* kernel;         // window^2, exp(log_kernel): read with eps only
-  const float* ratio;          // window^2 x window^2: exp(log_kernel[i] - log_kernel[j])
-  float eps;                   // < 0: exact softmax; otherwise added to the denominator
-  bool zero_fill;              // holes are zero
-  const int32_t* positions;    // positions to write; null means all in order
-  const float* values;         // rows of the sites
+  const uint8_t* bits;  // bit map of the mask: rows of bits_stride bytes, a border of radius
+  int64_t bits_stride;
+  const FillTables* tables;  // null: holes are zero
+  float eps;                 // < 0: exact; otherwise added to the denominator
+  const int32_t* positions;  // positions to write; null means all in order
+  const float* values;       // rows of the sites
   int64_t values_stride;
   const int32_t* row_of;  // position -> row of `values`, or null when they are the same
   const float* residual;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <new>
 
@@ -100,26 +101,54 @@ void run_conv(const KernelTable& table, const ConvCall& call, int64_t num_sites,
   });
 }
 
-int64_t padded_mask_width(int64_t width, int64_t window) {
-  return width + window + 16;
+int64_t bit_map_stride(int64_t width, int64_t window) {
+  return (width + window) / 8 + 9;
 }
 
-void pad_mask(const uint8_t* mask, int64_t height, int64_t width, int64_t window, uint8_t* padded) {
-  const int64_t radius = window / 2, stride = padded_mask_width(width, window);
-  std::memset(padded, 0, (height + 2 * radius) * stride);
-  for (int64_t y = 0; y < height; ++y)
+int64_t bit_map_size(int64_t height, int64_t width, int64_t window) {
+  return (height + window) * bit_map_stride(width, window);
+}
+
+void make_bit_map(const uint8_t* mask, int64_t height, int64_t width, int64_t window,
+                  uint8_t* bits) {
+  const int64_t radius = window / 2, stride = bit_map_stride(width, window);
+  std::memset(bits, 0, bit_map_size(height, width, window));
+  for (int64_t y = 0; y < height; ++y) {
+    uint8_t* row = bits + (y + radius) * stride;
+    const uint8_t* source = mask + y * width;
     for (int64_t x = 0; x < width; ++x)
-      padded[(y + radius) * stride + x + radius] = mask[y * width + x] != 0;
+      row[(x + radius) >> 3] |= static_cast<uint8_t>((source[x] != 0) << ((x + radius) & 7));
+  }
 }
 
-void kernel_ratios(const float* log_kernel, int64_t taps, float* ratio, float* kernel) {
-  for (int64_t best = 0; best < taps; ++best)
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const float difference = log_kernel[tap] - log_kernel[best];
-      // -inf against -inf: a kernel weight of zero everywhere; the site counts as unseen.
-      ratio[best * taps + tap] = std::isnan(difference) ? 0.0f : std::exp(difference);
+void OwnedFillTables::build(const float* log_kernel, int64_t window) {
+  const int64_t taps = window * window;
+  std::vector<float> values(log_kernel, log_kernel + taps);
+  std::sort(values.begin(), values.end(), std::greater<float>());
+  values.erase(std::unique(values.begin(), values.end()), values.end());
+  // A kernel value of zero is a site unseen.
+  while (!values.empty() && !(values.back() > -std::numeric_limits<float>::infinity()))
+    values.pop_back();
+  const int64_t levels = static_cast<int64_t>(values.size());
+  words_.assign((2 * levels + 1) * kWindowWords, 0);
+  numbers_.assign((levels + 1) * taps, 0.0f);
+  auto* words = reinterpret_cast<Words*>(words_.data());
+  const auto set = [](uint64_t* set_words, int64_t tap) {
+    set_words[tap >> 6] |= 1ull << (tap & 63);
+  };
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    for (int64_t l = 0; l < levels; ++l) {
+      if (log_kernel[tap] == values[l]) set(words[l], tap);
+      const float ratio = std::exp(log_kernel[tap] - values[l]);
+      numbers_[l * taps + tap] = ratio;
+      if (ratio > kNegligible) set(words[levels + l], tap);
     }
-  for (int64_t tap = 0; tap < taps; ++tap) kernel[tap] = std::exp(log_kernel[tap]);
+    numbers_[levels * taps + tap] = std::exp(log_kernel[tap]);
+    if (numbers_[levels * taps + tap] > 0.0f) set(words[2 * levels], tap);
+  }
+  tables_ = {levels,          words,
+             words + levels,  words[2 * levels],
+             numbers_.data(), numbers_.data() + levels * taps};
 }
 
 namespace {
@@ -189,24 +218,20 @@ void soft_fill_backward(const KernelTable& table, const SoftFillArrays& a, const
 void hard_fill(const KernelTable& table, const float* features, const uint8_t* mask,
                const float* log_kernel, int64_t batch, int64_t height, int64_t width,
                int64_t channels, int64_t window, float eps, float* output, int num_threads) {
-  const int64_t positions = height * width, taps = window * window;
-  Scratch& scratch = thread_scratch();
-  const int64_t padded_width = padded_mask_width(width, window);
-  uint8_t* padded = scratch.get<uint8_t>(0, (height + window) * padded_width + 16);
-  float* tables = scratch.get<float>(1, taps * taps + taps);
-  kernel_ratios(log_kernel, taps, tables, tables + taps * taps);
+  const int64_t positions = height * width;
+  uint8_t* bits = thread_scratch().get<uint8_t>(0, bit_map_size(height, width, window));
+  OwnedFillTables tables;
+  tables.build(log_kernel, window);
   for (int64_t image = 0; image < batch; ++image) {
-    pad_mask(mask + image * positions, height, width, window, padded);
+    make_bit_map(mask + image * positions, height, width, window, bits);
     FillCall call{};
     call.height = height;
     call.width = width;
     call.channels = channels;
     call.window = window;
-    call.padded_mask = padded;
-    call.padded_width = padded_width;
-    call.log_kernel = log_kernel;
-    call.ratio = tables;
-    call.kernel = tables + taps * taps;
+    call.bits = bits;
+    call.bits_stride = bit_map_stride(width, window);
+    call.tables = tables.get();
     call.eps = eps;
     call.values = features + image * positions * channels;
     call.values_stride = channels;

@@ -31,11 +31,24 @@ int64_t list_sites_and_holes(const uint8_t* mask, int64_t count, int32_t* index)
 // Runs one convolution over `num_sites` sites, split over sites or over panels.
 void run_conv(const KernelTable& table, const ConvCall& call, int64_t num_sites, int num_threads);
 
-// Copies a mask into a zero-bordered one that `fill` may read 8 bytes at a time.
-int64_t padded_mask_width(int64_t width, int64_t window);
-void pad_mask(const uint8_t* mask, int64_t height, int64_t width, int64_t window, uint8_t* padded);
-// ratio[i][j] = exp(log_kernel[i] - log_kernel[j]) as `FillCall` reads it: ratio[best * n + tap].
-void kernel_ratios(const float* log_kernel, int64_t taps, float* ratio, float* kernel);
+// Bit map of a mask with a zero border, as `fill` reads it (8 bytes at a time).
+int64_t bit_map_stride(int64_t width, int64_t window);
+int64_t bit_map_size(int64_t height, int64_t width, int64_t window);
+void make_bit_map(const uint8_t* mask, int64_t height, int64_t width, int64_t window,
+                  uint8_t* bits);
+
+// FillTables of a kernel, in memory of its own.
+class OwnedFillTables {
+ public:
+  void build(const float* log_kernel, int64_t window);
+  const FillTables* get() const { return &tables_; }
+
+ private:
+  using Words = uint64_t[kWindowWords];
+  FillTables tables_{};
+  std::vector<uint64_t> words_;
+  std::vector<float> numbers_;
+};
 
 struct SoftFillArrays {
   const float* features;

@@ -14,18 +14,7 @@ namespace {
 
 constexpr int kMaxMasks = 3;
 
-enum Slot {
-  kZeroRow = 8,
-  kHeads,
-  kSites,
-  kHoles,
-  kRowOf,
-  kNeeded,
-  kPadded,
-  kStageA,
-  kStageB,
-  kNext
-};
+enum Slot { kZeroRow = 8, kHeads, kSites, kHoles, kRowOf, kNeeded, kBits, kStageA, kStageB, kNext };
 
 const int64_t* mask_fields(const int64_t* spec, int64_t m) {
   return spec + kHeaderFields + m * kMaskFields;
@@ -80,6 +69,7 @@ struct Runner {
   Scratch& scratch = thread_scratch();
   Mask masks[kMaxMasks];
   int64_t mask_positions = 0;
+  FillTables tables;  // of the fill in progress
 
   const int64_t* mask_spec(int64_t m) const { return mask_fields(a.spec, m); }
   const int64_t* stage_spec(int64_t s) const { return stage_fields(a.spec, s); }
@@ -183,17 +173,18 @@ struct Runner {
     call.width = mask.width;
     call.channels = channels;
     call.window = fields[kWindow];
-    call.zero_fill = fields[kFillKind] == 1;
-    call.padded_width = padded_mask_width(mask.width, call.window);
-    auto* padded =
-        scratch.get<uint8_t>(kPadded, (mask.height + call.window) * call.padded_width + 16);
-    pad_mask(mask.bytes, mask.height, mask.width, call.window, padded);
-    call.padded_mask = padded;
-    const int64_t taps = call.window * call.window;
-    if (!call.zero_fill) {
-      call.log_kernel = a.params + fields[kLogKernel];
-      call.kernel = call.log_kernel + taps;
-      call.ratio = call.kernel + taps;
+    call.bits_stride = bit_map_stride(mask.width, call.window);
+    auto* bits = scratch.get<uint8_t>(kBits, bit_map_size(mask.height, mask.width, call.window));
+    make_bit_map(mask.bytes, mask.height, mask.width, call.window, bits);
+    call.bits = bits;
+    if (const int64_t levels = fields[kLevels]) {
+      using Words = uint64_t[kWindowWords];
+      const auto* words = reinterpret_cast<const Words*>(a.spec + fields[kWords]);
+      const float* ratios = a.params + fields[kRatios];
+      tables = {levels,         words,
+                words + levels, words[2 * levels],
+                ratios,         ratios + levels * call.window * call.window};
+      call.tables = &tables;
     }
     call.eps = fields[kEps] < 0 ? -1.0f : a.params[fields[kEps]];
     return call;

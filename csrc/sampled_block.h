@@ -7,6 +7,7 @@
 //   header      : kHeaderFields
 //   then masks  : num_masks  x kMaskFields
 //   then stages : num_stages x kStageFields
+//   then the sets of taps of the interpolation kernels, as 64-bit words
 #pragma once
 #include <cstdint>
 
@@ -30,10 +31,11 @@ enum MaskField {
   kMaskStrideH,
   kMaskStrideW,
   kGridStride,  // 0: no grid prior
-  kFillKind,    // 0: kernel, 1: zero
   kWindow,
-  kLogKernel,  // offset of window^2 log kernel, then window^2 kernel, then window^4 ratios
-  kEps,        // offset of one float, or -1: exact
+  kLevels,  // number of levels of FillTables; 0: holes are zero
+  kWords,   // index in `spec` of its sets: levels, keep, keep_eps
+  kRatios,  // offset of its numbers: ratios, kernel
+  kEps,     // offset of one float, or -1: exact
   kMaskFields
 };
 enum StageField {

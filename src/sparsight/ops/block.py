@@ -78,13 +78,11 @@ def pack_weight(weight: Tensor, groups: int) -> Tensor:
     return packed
 
 
-def _kernel_tables(log_kernel: Tensor) -> Tensor:
-    """Log kernel, kernel, and all ratios of two kernel values, flat."""
-    logs = log_kernel.detach().float().contiguous().flatten()
-    taps = logs.numel()
-    kernel, ratios = torch.empty(taps), torch.empty(taps * taps)
-    _kernels.kernel_ratios(logs.data_ptr(), taps, ratios.data_ptr(), kernel.data_ptr())
-    return torch.cat([logs, kernel, ratios])
+def _fill_tables(log_kernel: Tensor) -> tuple[int, list[int], Tensor]:
+    """Number of levels, sets of taps and ratios of an interpolation kernel; see csrc/kernels.h."""
+    logs = log_kernel.detach().float().contiguous()
+    levels, words, numbers = _kernels.fill_tables(logs.data_ptr(), logs.shape[0])
+    return levels, words, torch.tensor(numbers)
 
 
 def pack_block(
@@ -125,23 +123,19 @@ def pack_block(
         head_at = store(pack_weight(columns, 1))
     spec = [_kernels.SPEC_VERSION, in_channels, len(masks), len(stages), int(relu), head_at]
     column = 0
+    sets: list[int] = []
+    sets_at = len(spec) + len(masks) * _kernels.MASK_FIELDS + len(stages) * _kernels.STAGE_FIELDS
     for m in masks:
         bias_at = -1 if m.head_bias is None else store(m.head_bias)
         window = 1 if m.log_kernel is None else m.log_kernel.shape[0]
-        kernel_at = -1 if m.log_kernel is None else store(_kernel_tables(m.log_kernel))
+        levels, words_at, ratios_at = 0, -1, -1
+        if m.log_kernel is not None:
+            levels, words, numbers = _fill_tables(m.log_kernel)
+            words_at, ratios_at = sets_at + len(sets), store(numbers)
+            sets += words
         eps_at = -1 if m.eps is None else store(torch.tensor([m.eps]))
-        fill = int(m.log_kernel is None)
-        spec += [
-            m.parent,
-            column,
-            bias_at,
-            *m.stride,
-            m.grid_stride,
-            fill,
-            window,
-            kernel_at,
-            eps_at,
-        ]
+        spec += [m.parent, column, bias_at, *m.stride, m.grid_stride]
+        spec += [window, levels, words_at, ratios_at, eps_at]
         column += 9 if m.head_weight is not None else 0
     for stage in stages:
         out_channels, in_per_group, *kernel = stage.weight.shape
@@ -158,7 +152,8 @@ def pack_block(
             weight_at,
             store(bias),
         ]
-    return torch.cat(parts), torch.tensor(spec, dtype=torch.int64)
+    assert len(spec) == sets_at
+    return torch.cat(parts), torch.tensor(spec + sets, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
