@@ -52,13 +52,13 @@ void sampled_conv(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t index
   call.geometry = g;
   call.kind = pack_kind(g.in_channels, g.out_channels, g.groups);
   const int64_t size = packed_size(g, call.kind);
-  const int64_t panels = panel_count(g.out_channels);
+  const int64_t panels = panel_count(g, call.kind);
   float* packed = scratch.get<float>(0, size + panels * kPanel + g.in_channels);
   pack_weight(g, call.kind, ptr<const float>(weight), packed);
   float* padded_bias = packed + size;
   float* zero_row = padded_bias + panels * kPanel;
-  std::memset(padded_bias, 0, sizeof(float) * (panels * kPanel + g.in_channels));
-  if (bias) std::memcpy(padded_bias, ptr<const float>(bias), sizeof(float) * g.out_channels);
+  std::memset(zero_row, 0, sizeof(float) * g.in_channels);
+  pack_bias(g, call.kind, ptr<const float>(bias), padded_bias);
   call.weight = packed;
   call.bias = padded_bias;
   call.zero_row = zero_row;
@@ -126,15 +126,18 @@ NB_MODULE(_kernels, m) {
                 list_sites_and_holes(ptr<const uint8_t>(mask) + image * positions, positions,
                                      ptr<int32_t>(index) + image * positions));
         });
-  m.def("packed_size", [](std::vector<int64_t> geometry) {
+  m.def("packed_sizes", [](std::vector<int64_t> geometry) {
     const ConvGeometry g = geometry_of(geometry);
-    return packed_size(g, pack_kind(g.in_channels, g.out_channels, g.groups));
+    const PackKind kind = pack_kind(g.in_channels, g.out_channels, g.groups);
+    return nb::make_tuple(packed_size(g, kind), panel_count(g, kind) * kPanel);
   });
-  m.def("pack_weight", [](std::vector<int64_t> geometry, uintptr_t weight, uintptr_t packed) {
+  m.def("pack", [](std::vector<int64_t> geometry, uintptr_t weight, uintptr_t bias,
+                   uintptr_t packed_weight, uintptr_t packed_bias) {
     const ConvGeometry g = geometry_of(geometry);
+    const PackKind kind = pack_kind(g.in_channels, g.out_channels, g.groups);
     nb::gil_scoped_release release;
-    pack_weight(g, pack_kind(g.in_channels, g.out_channels, g.groups), ptr<const float>(weight),
-                ptr<float>(packed));
+    pack_weight(g, kind, ptr<const float>(weight), ptr<float>(packed_weight));
+    pack_bias(g, kind, ptr<const float>(bias), ptr<float>(packed_bias));
   });
   m.def("fill_tables", [](uintptr_t log_kernel, int64_t window) {
     OwnedFillTables owned;

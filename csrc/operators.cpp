@@ -61,7 +61,7 @@ int64_t list_sites_and_holes(const uint8_t* mask, int64_t count, int32_t* index)
 void run_conv(const KernelTable& table, const ConvCall& call, int64_t num_sites, int num_threads) {
   if (num_sites <= 0) return;
   const ConvGeometry& g = call.geometry;
-  const int64_t panels = panel_count(g.out_channels);
+  const int64_t panels = panel_count(g, call.kind);
   const int64_t tiles = (num_sites + table.conv_tile - 1) / table.conv_tile;
   const int64_t panel_bytes = packed_size(g, call.kind) * 4 / panels;
   // Panels whose weights stay in L2 while a range of sites passes over them.

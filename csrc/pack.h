@@ -1,12 +1,12 @@
 // Weights -> blocked layout, once, at freeze (or per call for an unfrozen layer).
 //
-// panel layout:  [panel][tap][c in the panel's input range][32 output channels]
-//   The input range of a panel is the union of the channel ranges of the groups that its 32 outputs
-//   belong to: all channels for groups = 1, and a block-diagonal expansion where a panel spans
-//   groups.
+// panel layout:  [panel][tap][channel of the group][32 output channels]
+//   A panel is up to 32 output channels of one group; a group of another width ends in a partial
+//   panel. No panel spans groups: NaN in one group's input never meets another's zero weights.
 // lanes layout:  [16 channels][tap][j in channels per group][16 output channels]
 //   For C/groups == O/groups in {1, 2, 4, 8, 16}: output lane o reads input channel group(o)*Cg +
 //   j.
+// bias: [panel][32], or [channel] in the lanes layout; padded with zeros.
 #pragma once
 #include <cstring>
 
@@ -14,8 +14,26 @@
 
 namespace sparsight {
 
-static inline int64_t panel_count(int64_t channels) {
-  return (channels + kPanel - 1) / kPanel;
+struct Panel {
+  int64_t first_out, width;  // output channels
+  int64_t first_in;          // first input channel of its group
+};
+
+static inline int64_t panels_per_group(const ConvGeometry& g) {
+  return (g.out_channels / g.groups + kPanel - 1) / kPanel;
+}
+
+static inline int64_t panel_count(const ConvGeometry& g, PackKind kind) {
+  if (kind == PackKind::lanes) return (g.out_channels + kPanel - 1) / kPanel;
+  return panels_per_group(g) * g.groups;
+}
+
+static inline Panel panel_at(const ConvGeometry& g, int64_t panel) {
+  const int64_t per_group = panels_per_group(g), out_per_group = g.out_channels / g.groups;
+  const int64_t group = panel / per_group, first = panel % per_group * kPanel;
+  const int64_t left = out_per_group - first;
+  return {group * out_per_group + first, left < kPanel ? left : kPanel,
+          group * (g.in_channels / g.groups)};
 }
 
 static inline PackKind pack_kind(int64_t in_channels, int64_t out_channels, int64_t groups) {
@@ -26,34 +44,14 @@ static inline PackKind pack_kind(int64_t in_channels, int64_t out_channels, int6
   return square && fits ? PackKind::lanes : PackKind::panel;
 }
 
-// First and one-past-last input channel that a panel reads.
-static inline void panel_input_range(const ConvGeometry& g, int64_t panel, int64_t* begin,
-                                     int64_t* end) {
-  const int64_t out_per_group = g.out_channels / g.groups;
-  const int64_t in_per_group = g.in_channels / g.groups;
-  const int64_t first = panel * kPanel;
-  int64_t last = first + kPanel - 1;
-  if (last >= g.out_channels) last = g.out_channels - 1;
-  *begin = first / out_per_group * in_per_group;
-  *end = (last / out_per_group + 1) * in_per_group;
-}
-
-// Number of floats before panel `panel` (or lane group of 16), panel = count gives the total.
-static inline int64_t packed_offset(const ConvGeometry& g, PackKind kind, int64_t panel) {
-  const int64_t taps = g.kernel_h * g.kernel_w;
-  if (kind == PackKind::lanes) return panel * 2 * taps * (g.in_channels / g.groups) * kLaneGroup;
-  if (g.groups == 1) return panel * taps * g.in_channels * kPanel;
-  int64_t total = 0;
-  for (int64_t p = 0; p < panel; ++p) {
-    int64_t begin, end;
-    panel_input_range(g, p, &begin, &end);
-    total += (end - begin) * taps * kPanel;
-  }
-  return total;
+// Number of floats of `panels` panels (in the lanes layout, of as many pairs of lane groups).
+static inline int64_t packed_offset(const ConvGeometry& g, PackKind kind, int64_t panels) {
+  const int64_t taps = g.kernel_h * g.kernel_w, in_per_group = g.in_channels / g.groups;
+  return panels * taps * in_per_group * (kind == PackKind::lanes ? 2 * kLaneGroup : kPanel);
 }
 
 static inline int64_t packed_size(const ConvGeometry& g, PackKind kind) {
-  return packed_offset(g, kind, panel_count(g.out_channels));
+  return packed_offset(g, kind, panel_count(g, kind));
 }
 
 // weight: contiguous (O, C/groups, kh, kw). packed: packed_size floats, overwritten.
@@ -61,7 +59,6 @@ static inline void pack_weight(const ConvGeometry& g, PackKind kind, const float
                                float* packed) {
   const int64_t taps = g.kernel_h * g.kernel_w;
   const int64_t in_per_group = g.in_channels / g.groups;
-  const int64_t out_per_group = g.out_channels / g.groups;
   std::memset(packed, 0, sizeof(float) * packed_size(g, kind));
   if (kind == PackKind::lanes) {
     for (int64_t o = 0; o < g.out_channels; ++o)
@@ -71,19 +68,30 @@ static inline void pack_weight(const ConvGeometry& g, PackKind kind, const float
               weight[(o * in_per_group + j) * taps + t];
     return;
   }
-  const int64_t panels = panel_count(g.out_channels);
-  for (int64_t p = 0; p < panels; ++p) {
-    int64_t begin, end;
-    panel_input_range(g, p, &begin, &end);
+  for (int64_t p = 0; p < panel_count(g, kind); ++p) {
+    const Panel panel = panel_at(g, p);
     float* base = packed + packed_offset(g, kind, p);
-    const int64_t range = end - begin;
-    for (int64_t lane = 0; lane < kPanel && p * kPanel + lane < g.out_channels; ++lane) {
-      const int64_t o = p * kPanel + lane;
-      const int64_t first = o / out_per_group * in_per_group - begin;
+    for (int64_t lane = 0; lane < panel.width; ++lane)
       for (int64_t c = 0; c < in_per_group; ++c)
         for (int64_t t = 0; t < taps; ++t)
-          base[(t * range + first + c) * kPanel + lane] = weight[(o * in_per_group + c) * taps + t];
-    }
+          base[(t * in_per_group + c) * kPanel + lane] =
+              weight[((panel.first_out + lane) * in_per_group + c) * taps + t];
+  }
+}
+
+// packed: panel_count * 32 floats, overwritten; bias may be null.
+static inline void pack_bias(const ConvGeometry& g, PackKind kind, const float* bias,
+                             float* packed) {
+  const int64_t panels = panel_count(g, kind);
+  std::memset(packed, 0, sizeof(float) * panels * kPanel);
+  if (!bias) return;
+  if (kind == PackKind::lanes) {
+    std::memcpy(packed, bias, sizeof(float) * g.out_channels);
+    return;
+  }
+  for (int64_t p = 0; p < panels; ++p) {
+    const Panel panel = panel_at(g, p);
+    std::memcpy(packed + p * kPanel, bias + panel.first_out, sizeof(float) * panel.width);
   }
 }
 

@@ -66,11 +66,11 @@ static inline void accumulate(Vec (&acc)[MR][kVecs], const float* const* rows, c
 template <int MR>
 static inline void conv_tile(const ConvCall& call, const float* const* rows, int64_t taps,
                              int64_t range, int64_t first_channel, const float* packed,
-                             int64_t column, const int64_t* in_row, int live) {
-  const ConvGeometry& g = call.geometry;
+                             const float* bias, int64_t column, int64_t left, const int64_t* in_row,
+                             int live) {
   Vec acc[MR][kVecs];
   for (int v = 0; v < kVecs; ++v) {
-    const Vec b = call.bias ? Vec::load(call.bias + column + v * Vec::lanes) : Vec::zero();
+    const Vec b = bias ? Vec::load(bias + v * Vec::lanes) : Vec::zero();
     for (int m = 0; m < MR; ++m) acc[m][v] = b;
   }
   for (int64_t t = 0; t < taps; ++t) {
@@ -78,7 +78,6 @@ static inline void conv_tile(const ConvCall& call, const float* const* rows, int
     for (int m = 0; m < MR; ++m) shifted[m] = rows[t * kRows + m] + first_channel;
     accumulate<MR>(acc, shifted, packed + t * range * kPanel, range);
   }
-  const int64_t left = g.out_channels - column;
   for (int m = 0; m < MR; ++m) {
     if (m >= live) break;
     const int64_t position = site_at(call, in_row[m]);
@@ -105,23 +104,29 @@ static inline void conv_tile(const ConvCall& call, const float* const* rows, int
 
 static inline void dispatch_tile(int live, const ConvCall& call, const float* const* rows,
                                  int64_t taps, int64_t range, int64_t first_channel,
-                                 const float* packed, int64_t column, const int64_t* in_row) {
+                                 const float* packed, const float* bias, int64_t column,
+                                 int64_t left, const int64_t* in_row) {
 #if defined(SPARSIGHT_AVX512)
   if (live > 8)
-    return conv_tile<12>(call, rows, taps, range, first_channel, packed, column, in_row, live);
+    return conv_tile<12>(call, rows, taps, range, first_channel, packed, bias, column, left, in_row,
+                         live);
   if (live > 4)
-    return conv_tile<8>(call, rows, taps, range, first_channel, packed, column, in_row, live);
+    return conv_tile<8>(call, rows, taps, range, first_channel, packed, bias, column, left, in_row,
+                        live);
 #endif
 #if !defined(SPARSIGHT_AVX512) && !defined(SPARSIGHT_AVX2)
   if (live > 1)
-    return conv_tile<2>(call, rows, taps, range, first_channel, packed, column, in_row, live);
+    return conv_tile<2>(call, rows, taps, range, first_channel, packed, bias, column, left, in_row,
+                        live);
 #else
   if (live > 2)
-    return conv_tile<4>(call, rows, taps, range, first_channel, packed, column, in_row, live);
+    return conv_tile<4>(call, rows, taps, range, first_channel, packed, bias, column, left, in_row,
+                        live);
   if (live > 1)
-    return conv_tile<2>(call, rows, taps, range, first_channel, packed, column, in_row, live);
+    return conv_tile<2>(call, rows, taps, range, first_channel, packed, bias, column, left, in_row,
+                        live);
 #endif
-  conv_tile<1>(call, rows, taps, range, first_channel, packed, column, in_row, live);
+  conv_tile<1>(call, rows, taps, range, first_channel, packed, bias, column, left, in_row, live);
 }
 
 // Row pointers of up to kRows sites for all taps, [tap][kRows]; missing sites repeat the last one.
@@ -217,19 +222,17 @@ static void conv(const ConvCall& call, int64_t panel_begin, int64_t panel_end, i
   const float* rows[kMaxTaps * kRows];
   int64_t in_row[kRows];
   const int64_t offset = packed_offset(g, PackKind::panel, panel_begin);
+  const int64_t range = g.in_channels / g.groups;
   for (int64_t tile = begin; tile < end; tile += kRows) {
     const int live = end - tile < kRows ? (int)(end - tile) : kRows;
     gather_rows(call, tile, live, rows, in_row);
     const float* packed = call.weight + offset;
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      int64_t first, last;
-      panel_input_range(g, panel, &first, &last);
-      const int64_t range = last - first;
-      for (int64_t half = 0; half < kPanel; half += kColumns) {
-        const int64_t column = panel * kPanel + half;
-        if (column >= g.out_channels) break;
-        dispatch_tile(live, call, rows, taps, range, first, packed + half, column, in_row);
-      }
+      const Panel at = panel_at(g, panel);
+      const float* bias = call.bias ? call.bias + panel * kPanel : nullptr;
+      for (int64_t half = 0; half < at.width; half += kColumns)
+        dispatch_tile(live, call, rows, taps, range, at.first_in, packed + half,
+                      bias ? bias + half : nullptr, at.first_out + half, at.width - half, in_row);
       packed += taps * range * kPanel;
     }
   }

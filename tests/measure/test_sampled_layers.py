@@ -1,11 +1,14 @@
 """Rows of sampled modules, against a loop that counts multiply-adds one by one from the masks."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 import sparsight
+from sparsight.convert.freeze import freeze
 from sparsight.measure import count_macs
 from sparsight.measure.sampled_layers import LayerMacs, join
 from sparsight.nn import RBFInterpolation, SampledBlock, SampledConv2d, Sampler, ZeroFill
@@ -198,3 +201,27 @@ def test_rows_add_up():
     assert (row.dense, row.total, row.density) == (40, 28, 0.7)
     assert LayerMacs("a", "Linear", 5, 5).density == 1.0
     assert (join("", "a"), join("a", ""), join("a", "b")) == ("a", "a", "a.b")
+
+
+@pytest.mark.parametrize("layout", ["a", "b", "c"])
+def test_frozen_counts_what_converted_counts(layout):
+    """Row by row: names, kinds, densities and multiply-adds, in one operator a block."""
+    model = nn.Sequential(make_block("basic", 2, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, padding=1))
+    model.append(make_block("bottleneck", 1, 2, groups=2))
+    sampler = functools.partial(Sampler, bias=-0.5, grid_stride=4)
+    model = sparsight.sparsify(model, layout=layout, sampler=sampler).eval()
+    x = torch.randn(2, 3, 13, 16)
+    with torch.no_grad():
+        frozen = freeze(model, example=x)
+        converted, packed = count_macs(model, x), count_macs(frozen, x)
+    assert set(packed.layers) == set(converted.layers)
+    assert (packed.total, packed.dense) == (converted.total, converted.dense)
+
+
+def test_frozen_convolution_counts_what_its_source_counts():
+    model = nn.Sequential(nn.Conv2d(4, 5, 3, padding=1), nn.ReLU())
+    sampler = functools.partial(Sampler, bias=-0.5)
+    model = sparsight.sparsify(model, where=lambda name, _: name == "0", sampler=sampler).eval()
+    x = torch.randn(1, 4, 9, 8)
+    converted, packed = count_macs(model, x), count_macs(freeze(model, example=x), x)
+    assert set(packed.layers) == set(converted.layers)

@@ -182,11 +182,6 @@ def test_nan_in_residual_survives_relu(draw, isa):
     assert torch.equal(y.isnan(), residual.isnan())
 
 
-@pytest.mark.xfail(
-    reason="a panel of 32 outputs that spans groups multiplies the other groups by zero weights: "
-    "0 * NaN; csrc/pack.h, block-diagonal expansion",
-    strict=True,
-)
 def test_nan_in_one_group_stays_in_that_group(draw):
     d = draw(9)
     x = d.normal(1, 6, 4, 4)

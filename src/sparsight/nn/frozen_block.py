@@ -27,6 +27,9 @@ class FrozenSampler(nn.Module):
     Args:
         sampler: the sampler that the decision comes from.
         inside: whether the layer's kernel evaluates the head; if not, `sampler` is kept and run.
+
+    Attributes:
+        head: shape of the head that the layer's kernel evaluates, for `measure`; else None.
     """
 
     def __init__(self, sampler: nn.Module, *, inside: bool) -> None:
@@ -34,10 +37,21 @@ class FrozenSampler(nn.Module):
         self.inside = inside
         self.source = None if inside else sampler
         self.settings = sampler.extra_repr()
+        self.head: block_ops.StageShape | None = None
         if inside:
             assert isinstance(sampler, Sampler)
             self.kind = sampler.noise
             self.seed, self.layer = sampler.seed, sampler.layer
+            self.head = block_ops.StageShape(
+                in_channels=sampler.head.in_channels,
+                out_channels=1,
+                groups=1,
+                kernel_size=(3, 3),
+                stride=(sampler.head.stride[0], sampler.head.stride[1]),
+                padding=(1, 1),
+                dilation=(1, 1),
+                mask=0,
+            )
             self.register_buffer("ranks", sampler.ranks, persistent=False)
         # Noise of the last few map sizes: a pure function of the size, not state.
         self._noise: dict[tuple[int, int, int], Tensor] = {}
@@ -94,6 +108,7 @@ class FrozenBlock(nn.Module):
 
     Attributes:
         samplers: what `record_sampling` watches, in the order of the source's.
+        interpolations: the source's, for repr and `measure`; the kernels read `params`.
         downsample: the dense shortcut, or None.
         params: packed weights, heads and interpolation kernels, flat float32 buffer.
         spec: flat int64 buffer that describes them.
@@ -179,7 +194,7 @@ class FrozenBlock(nn.Module):
                 in_channels=s.weight.shape[1] * s.groups,
                 out_channels=s.weight.shape[0],
                 groups=s.groups,
-                kernel=(s.weight.shape[2], s.weight.shape[3]),
+                kernel_size=(s.weight.shape[2], s.weight.shape[3]),
                 stride=s.stride,
                 padding=s.padding,
                 dilation=s.dilation,
@@ -195,6 +210,10 @@ class FrozenBlock(nn.Module):
             FrozenSampler(sampler, inside=flag)
             for sampler, flag in zip(samplers, inside, strict=True)
         )
+        self.interpolations = nn.ModuleList(fills)
+        self._conv_names = [""]
+        if isinstance(source, SampledBlock):
+            self._conv_names = [name for name, *_ in source.convolutions()]
         self.downsample = source.downsample if isinstance(source, SampledBlock) else None
         self.settings = source.extra_repr()
         self.eval()
@@ -304,6 +323,16 @@ class FrozenBlock(nn.Module):
     def samplers_named(self) -> list[tuple[str, nn.Module]]:
         """The decisions' names relative to this module, as in the source, and what shows them."""
         return list(zip(self._sampler_names, self.samplers, strict=True))
+
+    def convolutions(self) -> list[tuple[str, block_ops.StageShape, None, int]]:
+        """As :meth:`SampledBlock.convolutions`: (name, shape, no norm, decision index).
+
+        The name is empty for a single convolution, which is this module itself.
+        """
+        return [
+            (name, shape, None, self._decision_of_mask[shape.mask])
+            for name, shape in zip(self._conv_names, self.shapes, strict=True)
+        ]
 
     def gated_macs(self, i: int, height: int, width: int) -> int:
         """Dense multiply-adds per image that decision `i`, of this size, gates."""

@@ -66,16 +66,24 @@ class StageSpec:
     groups: int = 1
 
 
-def pack_weight(weight: Tensor, groups: int) -> Tensor:
-    """The blocked layout of a float32 (O, C/groups, kh, kw) weight, flat; see csrc/pack.h."""
+def pack(weight: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
+    """The blocked layouts of a weight (O, C/groups, kh, kw) and a bias (O,), flat; see pack.h."""
     ones = (1, 1)
     numbers = cpu.geometry(
         tuple(weight.shape), ones, ones, stride=ones, padding=ones, dilation=ones, groups=groups
     )
-    packed = torch.empty(_kernels.packed_size(numbers))
-    source = weight.detach().float().contiguous()
-    _kernels.pack_weight(numbers, source.data_ptr(), packed.data_ptr())
-    return packed
+    weight_size, bias_size = _kernels.packed_sizes(numbers)
+    packed_weight, packed_bias = torch.empty(weight_size), torch.empty(bias_size)
+    weight = weight.detach().float().contiguous()
+    bias = None if bias is None else bias.detach().float().contiguous()
+    _kernels.pack(
+        numbers,
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        packed_weight.data_ptr(),
+        packed_bias.data_ptr(),
+    )
+    return packed_weight, packed_bias
 
 
 def _fill_tables(log_kernel: Tensor) -> tuple[int, list[int], Tensor]:
@@ -120,7 +128,7 @@ def pack_block(
         columns = torch.zeros(_kernels.PANEL, in_channels, 1, 1)
         for i, head in enumerate(heads):
             columns[9 * i : 9 * i + 9, :, 0, 0] = head[0].detach().float().flatten(1).T
-        head_at = store(pack_weight(columns, 1))
+        head_at = store(pack(columns, None, 1)[0])
     spec = [_kernels.SPEC_VERSION, in_channels, len(masks), len(stages), int(relu), head_at]
     column = 0
     sets: list[int] = []
@@ -139,10 +147,8 @@ def pack_block(
         column += 9 if m.head_weight is not None else 0
     for stage in stages:
         out_channels, in_per_group, *kernel = stage.weight.shape
-        panels = -(-out_channels // _kernels.PANEL)
-        bias = torch.zeros(panels * _kernels.PANEL)
-        bias[:out_channels] = stage.bias.detach()
-        weight_at = store(pack_weight(stage.weight, stage.groups))
+        weight, bias = pack(stage.weight, stage.bias, stage.groups)
+        weight_at, bias_at = store(weight), store(bias)
         spec += [in_per_group * stage.groups, out_channels, stage.groups, *kernel, *stage.stride]
         spec += [
             *stage.padding,
@@ -150,7 +156,7 @@ def pack_block(
             stage.mask,
             int(stage.relu),
             weight_at,
-            store(bias),
+            bias_at,
         ]
     assert len(spec) == sets_at
     return torch.cat(parts), torch.tensor(spec + sets, dtype=torch.int64)
@@ -163,7 +169,7 @@ class StageShape:
     in_channels: int
     out_channels: int
     groups: int
-    kernel: tuple[int, int]
+    kernel_size: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
@@ -172,9 +178,8 @@ class StageShape:
     @property
     def macs_per_position(self) -> int:
         """Multiply-adds of one output position."""
-        return (
-            self.out_channels * (self.in_channels // self.groups) * self.kernel[0] * self.kernel[1]
-        )
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        return self.out_channels * (self.in_channels // self.groups) * taps
 
 
 def block_sizes(stages: Sequence[StageShape], input_size: tuple[int, int]) -> list[tuple[int, int]]:
@@ -182,7 +187,7 @@ def block_sizes(stages: Sequence[StageShape], input_size: tuple[int, int]) -> li
     sizes = []
     size = input_size
     for stage in stages:
-        size = output_size(size, stage.kernel, stage.stride, stage.padding, stage.dilation)
+        size = output_size(size, stage.kernel_size, stage.stride, stage.padding, stage.dilation)
         sizes.append(size)
     return sizes
 
