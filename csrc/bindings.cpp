@@ -139,6 +139,10 @@ NB_MODULE(_kernels, m) {
     pack_weight(g, kind, ptr<const float>(weight), ptr<float>(packed_weight));
     pack_bias(g, kind, ptr<const float>(bias), ptr<float>(packed_bias));
   });
+  m.def("packed_heads_size", &packed_heads_size);
+  m.def("pack_heads", [](int64_t columns, int64_t channels, uintptr_t weight, uintptr_t packed) {
+    pack_heads(columns, channels, ptr<const float>(weight), ptr<float>(packed));
+  });
   m.def("fill_tables", [](uintptr_t log_kernel, int64_t window) {
     OwnedFillTables owned;
     owned.build(ptr<const float>(log_kernel), window);

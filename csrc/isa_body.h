@@ -12,12 +12,13 @@ namespace SPARSIGHT_ISA {
 #include "simd.h"
 #include "sampled_conv.h"
 #include "interpolate.h"
+#include "heads.h"
 
 #define SPARSIGHT_STRING_(x) #x
 #define SPARSIGHT_STRING(x) SPARSIGHT_STRING_(x)
 
 static const KernelTable table = {
-    SPARSIGHT_STRING(SPARSIGHT_ISA), conv, kRows, fill, soft_fill, soft_fill_backward_rows,
+    SPARSIGHT_STRING(SPARSIGHT_ISA), conv, kRows, heads, fill, soft_fill, soft_fill_backward_rows,
     soft_fill_backward_sites,
 };
 

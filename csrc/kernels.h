@@ -45,6 +45,17 @@ struct ConvCall {
   bool relu;
 };
 
+// The heads of a block over the rows of one image; see heads.h.
+constexpr int kHeadColumns = 16;
+struct HeadCall {
+  const float* input;  // rows, stride = channels
+  int64_t channels;
+  const float* weight;     // packed
+  int64_t columns;         // 9 a head
+  int64_t vector_columns;  // the first of them, in whole vectors of 16
+  float* output;
+  int64_t output_stride;  // >= columns, and >= vector_columns
+};
 // What a hard fill knows of its kernel, made once. Taps are numbered dy * window + dx; a set of
 // taps is kWindowWords words of bits.
 constexpr int kWindowWords = (kMaxWindow * kMaxWindow + 63) / 64;
@@ -101,6 +112,7 @@ struct KernelTable {
   void (*conv)(const ConvCall&, int64_t panel_begin, int64_t panel_end, int64_t site_begin,
                int64_t site_end);
   int64_t conv_tile;  // sites per register tile
+  void (*heads)(const HeadCall&, int64_t begin, int64_t end);
   void (*fill)(const FillCall&, int64_t begin, int64_t end);
   void (*soft_fill)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
   void (*soft_fill_backward_rows)(const SoftFillCall&, int64_t row_begin, int64_t row_end);

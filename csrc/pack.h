@@ -79,6 +79,30 @@ static inline void pack_weight(const ConvGeometry& g, PackKind kind, const float
   }
 }
 
+// Head columns computed in vectors of 16: the one or two that would start a new one are dot
+// products.
+static inline int64_t head_vector_columns(int64_t columns) {
+  const int64_t rest = columns % kHeadColumns;
+  return rest <= 2 ? columns - rest : columns - rest + kHeadColumns;
+}
+
+// Floats of packed heads.
+static inline int64_t packed_heads_size(int64_t columns, int64_t channels) {
+  const int64_t vector_columns = head_vector_columns(columns);
+  return channels * (columns > vector_columns ? columns : vector_columns);
+}
+
+// weight: (columns, channels). packed: packed_heads_size floats, overwritten.
+static inline void pack_heads(int64_t columns, int64_t channels, const float* weight,
+                              float* packed) {
+  const int64_t vector_columns = head_vector_columns(columns);
+  std::memset(packed, 0, sizeof(float) * packed_heads_size(columns, channels));
+  for (int64_t j = 0; j < columns; ++j)
+    for (int64_t c = 0; c < channels; ++c)
+      packed[j < vector_columns ? c * vector_columns + j : j * channels + c] =
+          weight[j * channels + c];
+}
+
 // packed: panel_count * 32 floats, overwritten; bias may be null.
 static inline void pack_bias(const ConvGeometry& g, PackKind kind, const float* bias,
                              float* packed) {

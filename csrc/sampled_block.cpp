@@ -78,27 +78,26 @@ struct Runner {
   // convolution to one channel read as a GEMM, so that x is streamed once for all the heads of the
   // block.
   const float* run_heads(const float* x) {
-    if (a.spec[kHeadWeight] < 0) return nullptr;
     bool wanted = false;
     for (int64_t m = 0; m < a.spec[kNumMasks]; ++m)
       wanted |= mask_spec(m)[kParent] < 0 && !a.given[m];
     if (!wanted) return nullptr;
-    float* z = scratch.get<float>(kHeads, a.height * a.width * kPanel);
-    ConvCall call{};
-    ConvGeometry& g = call.geometry;
-    g.height = g.out_height = a.height;
-    g.width = g.out_width = a.width;
-    g.in_channels = a.spec[kInChannels];
-    g.out_channels = kPanel;
-    g.groups = g.kernel_h = g.kernel_w = g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
-    call.kind = PackKind::panel;
+    HeadCall call{};
     call.input = x;
-    call.input_stride = g.in_channels;
+    call.channels = a.spec[kInChannels];
     call.weight = a.params + a.spec[kHeadWeight];
+    call.columns = a.spec[kHeadCount];
+    call.vector_columns = head_vector_columns(call.columns);
+    call.output_stride = head_stride();
+    float* z = scratch.get<float>(kHeads, a.height * a.width * call.output_stride);
     call.output = z;
-    call.output_stride = kPanel;
-    run_conv(table, call, a.height * a.width, threads);
+    parallel_ranges(threads, a.height * a.width,
+                    [&](int64_t begin, int64_t end) { table.heads(call, begin, end); });
     return z;
+  }
+
+  int64_t head_stride() const {
+    return std::max(a.spec[kHeadCount], head_vector_columns(a.spec[kHeadCount]));
   }
 
   // Returns false when a logit is NaN.
@@ -107,6 +106,7 @@ struct Runner {
     Mask& mask = masks[m];
     const int64_t stride_h = fields[kMaskStrideH], stride_w = fields[kMaskStrideW];
     const int64_t grid = fields[kGridStride], column = fields[kHeadColumn];
+    const int64_t stride = head_stride();
     const float bias = a.params[fields[kHeadBias]];
     const float* noise = a.noise[m] + image * mask.height * mask.width;
     std::atomic<bool> bad{false};
@@ -121,7 +121,7 @@ struct Runner {
             for (int64_t kx = 0; kx < 3; ++kx) {
               const int64_t ix = x * stride_w + kx - 1;
               if (ix < 0 || ix >= a.width) continue;
-              logit += z[(iy * a.width + ix) * kPanel + column + ky * 3 + kx];
+              logit += z[(iy * a.width + ix) * stride + column + ky * 3 + kx];
             }
           }
           const int64_t p = y * mask.width + x;

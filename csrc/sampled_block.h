@@ -21,7 +21,8 @@ enum HeaderField {
   kNumMasks,
   kNumStages,
   kReluOut,
-  kHeadWeight,
+  kHeadWeight,  // offset of the packed heads
+  kHeadCount,   // their columns: 9 for each mask with a head
   kHeaderFields
 };
 enum MaskField {

@@ -125,11 +125,13 @@ def pack_block(
     heads = [m.head_weight for m in masks if m.head_weight is not None]
     head_at = -1
     if heads:
-        columns = torch.zeros(_kernels.PANEL, in_channels, 1, 1)
-        for i, head in enumerate(heads):
-            columns[9 * i : 9 * i + 9, :, 0, 0] = head[0].detach().float().flatten(1).T
-        head_at = store(pack(columns, None, 1)[0])
-    spec = [_kernels.SPEC_VERSION, in_channels, len(masks), len(stages), int(relu), head_at]
+        # One row a tap: a head's nine, then the next head's.
+        columns = torch.cat([head[0].detach().float().flatten(1).T for head in heads]).contiguous()
+        packed = torch.empty(_kernels.packed_heads_size(*columns.shape))
+        _kernels.pack_heads(*columns.shape, columns.data_ptr(), packed.data_ptr())
+        head_at = store(packed)
+    spec = [_kernels.SPEC_VERSION, in_channels, len(masks), len(stages), int(relu)]
+    spec += [head_at, 9 * len(heads)]
     column = 0
     sets: list[int] = []
     sets_at = len(spec) + len(masks) * _kernels.MASK_FIELDS + len(stages) * _kernels.STAGE_FIELDS
