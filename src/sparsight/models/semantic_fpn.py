@@ -31,6 +31,11 @@ class ResNetStages(nn.Module):
         ValueError: if one of those attributes is missing.
     """
 
+    conv1: nn.Conv2d
+    bn1: nn.Module
+    relu: nn.Module
+    maxpool: nn.Module
+
     def __init__(self, resnet: nn.Module) -> None:
         super().__init__()
         names = ("conv1", "bn1", "relu", "maxpool", *_STAGES)
@@ -126,13 +131,14 @@ class SemanticFPN(nn.Module):
         merged: Tensor | None = None
         for output, branch, lateral in zip(self.outputs, self.branches, laterals, strict=True):
             x = output(lateral)
-            for step, layer in enumerate(branch):
+            layers = list(branch.children())
+            for step, layer in enumerate(layers):
                 x = layer(x)
                 if x.shape[-2:] == finest:
                     continue
                 # The last step lands exactly on the finest map, whatever odd sizes lie between.
                 size = finest
-                if step < len(branch) - 1:
+                if step < len(layers) - 1:
                     size = (min(2 * x.shape[-2], finest[0]), min(2 * x.shape[-1], finest[1]))
                 x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
             merged = x if merged is None else merged + x

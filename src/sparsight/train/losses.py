@@ -61,8 +61,8 @@ class BudgetController(nn.Module):
     Args:
         budget: share of the dense model's MACs in (0, 1], everything counted.
         ramp: share of the run over which the target falls from 1 to the budget.
-        gain: weight of the squared error; 10 makes an error of 0.02 weigh 0.2 in the gradient,
-            about what the cross-entropy of a fitted segmentation model weighs against the share.
+        gain: weight of the squared error; 20 makes an error of 0.02 weigh 0.4 in the gradient, more
+            than the cross-entropy of a fitted segmentation model weighs against the share.
         settling: share of the run over which the multiplier takes over a standing error.
 
     State: `multiplier` and `offset` are buffers, saved and restored with the weights.
@@ -75,7 +75,7 @@ class BudgetController(nn.Module):
     offset: Tensor
 
     def __init__(
-        self, budget: float, *, ramp: float = 0.3, gain: float = 10.0, settling: float = 0.05
+        self, budget: float, *, ramp: float = 0.3, gain: float = 20.0, settling: float = 0.1
     ) -> None:
         super().__init__()
         self.budget = check_budget(budget, name="BudgetController")
@@ -103,7 +103,13 @@ class BudgetController(nn.Module):
         return self.multiplier.detach().clone() * error + 0.5 * self.gain * error.square()
 
     def update(self, expected_share: float, *, progress: float, total_steps: int) -> None:
-        """Move the multiplier by one step of dual ascent; call once per optimiser step."""
+        """Move the multiplier by one step of dual ascent; call once per optimiser step.
+
+        Nothing moves while the target falls: the share lags behind it, and a multiplier that took
+        the lag for a standing error would overshoot the budget afterwards.
+        """
+        if progress < self.ramp:
+            return
         settling_steps = max(1.0, self.settling * total_steps)
         self.multiplier += self.gain * (expected_share - self.target(progress)) / settling_steps
 

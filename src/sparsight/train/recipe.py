@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,35 +101,37 @@ class Recipe:
         state = ModelCheckpoint(
             dirpath=self.out,
             filename=_STATE_NAME,
-            save_top_k=1,
-            every_n_epochs=1,
+            save_on_train_epoch_end=True,  # after validation, whose share calibrates the controller
             enable_version_counter=False,
         )
-        trainer = L.Trainer(
-            accelerator="auto",
-            devices=1,
-            precision=self.precision,
-            max_epochs=self.epochs,
-            accumulate_grad_batches=self.accumulate,
-            gradient_clip_val=5.0,
-            limit_train_batches=self.max_batches,
-            limit_val_batches=self.max_batches,
-            num_sanity_val_steps=0,
-            logger=CSVLogger(self.out, name=None, version="log"),
-            log_every_n_steps=10,
-            callbacks=[StepSeed(self.seed), TemperatureAnnealing(), state],
-            plugins=[AtomicCheckpointIO()],
-            enable_progress_bar=self.shows_progress,
-            enable_model_summary=False,
-            use_distributed_sampler=False,  # ours yields (epoch, index)
-        )
-        trainer.fit(
-            task,
-            self._training_batches(),
-            self.validation_batches(),
-            ckpt_path=str(self.out / f"{_STATE_NAME}.ckpt") if resume else None,
-            weights_only=True,
-        )
+        # The logger deletes what it finds: a resumed run writes beside the interrupted one's log.
+        num_logs = len(list(self.out.glob("log*"))) if resume else 0
+        with _quiet_lightning():
+            trainer = L.Trainer(
+                accelerator="auto",
+                devices=1,
+                precision=self.precision,
+                max_epochs=self.epochs,
+                accumulate_grad_batches=self.accumulate,
+                gradient_clip_val=5.0,
+                limit_train_batches=self.max_batches,
+                limit_val_batches=self.max_batches,
+                num_sanity_val_steps=0,
+                logger=CSVLogger(self.out, name=None, version=f"log{num_logs or ''}"),
+                log_every_n_steps=10,
+                callbacks=[StepSeed(self.seed), TemperatureAnnealing(), state],
+                plugins=[AtomicCheckpointIO()],
+                enable_progress_bar=self.shows_progress,
+                enable_model_summary=False,
+                use_distributed_sampler=False,  # ours yields (epoch, index)
+            )
+            trainer.fit(
+                task,
+                self._training_batches(),
+                self.validation_batches(),
+                ckpt_path=str(self.out / f"{_STATE_NAME}.ckpt") if resume else None,
+                weights_only=True,
+            )
 
     def _training_batches(self) -> DataLoader[Any]:
         view = SeededView(self.train_data, self.train_transform, seed=self.seed)
@@ -142,3 +148,24 @@ class Recipe:
         """Return the validation images in batches, in order."""
         view = SeededView(self.val_data, self.val_transform, seed=self.seed)
         return DataLoader(view, batch_size=self.batch_size, num_workers=self.num_workers)
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Without lightning's advertisement and its warnings about what is meant here."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in (
+                ".*exists and is not empty",  # resuming writes where it read
+                ".*is smaller than the logging interval",
+                ".*does not have many workers",
+                ".*LeafSpec.*deprecated",  # lightning 2.6 calling torch 2.15
+                ".*You're resuming from a checkpoint",
+            ):
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        logger.setLevel(level)

@@ -56,6 +56,9 @@ class SegmentationTask(L.LightningModule):
     (measured share of the dense MACs on a few validation batches, everything counted).
     """
 
+    recent_share: Tensor
+    objective: BudgetController | SamplingPrice | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -86,6 +89,10 @@ class SegmentationTask(L.LightningModule):
         # What the objective saw lately; a buffer, so that a resumed run calibrates as the
         # uninterrupted one.
         self.register_buffer("recent_share", torch.ones(()))
+
+    def on_fit_start(self) -> None:
+        """Train the whole model, also one that was evaluated before: lightning keeps modes."""
+        self.train()
 
     @property
     def progress(self) -> float:

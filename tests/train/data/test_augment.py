@@ -1,0 +1,122 @@
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+
+from sparsight.train.data.augment import (
+    EpochSampler,
+    SeededView,
+    evaluation_transform,
+    mix_seed,
+    normalised_picture,
+    training_transform,
+)
+
+IGNORE = 11
+
+
+class Coded(Dataset):
+    """Images whose red channel is the class map, so that geometry can be compared."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        blocks = torch.randint(0, 11, (1, 1, 5, 7), generator=generator)
+        labels = torch.nn.functional.interpolate(blocks.float(), size=(60, 84), mode="nearest")[
+            0, 0
+        ]
+        image = torch.stack([labels * 20, torch.zeros(60, 84), torch.zeros(60, 84)]).byte()
+        return tv_tensors.Image(image), tv_tensors.Mask(labels.long())
+
+
+def views(seed=0):
+    return SeededView(Coded(), training_transform((40, 56), ignore_index=IGNORE), seed=seed)
+
+
+def test_an_item_is_a_function_of_seed_epoch_and_index():
+    one, two = views(), views()
+    torch.manual_seed(1)
+    first = one[(3, 2)]
+    torch.manual_seed(2)
+    _ = two[(0, 1)]
+    again = two[(3, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], one[(4, 2)][0])
+    assert not torch.equal(first[0], views(seed=1)[(3, 2)][0])
+
+
+def test_reading_an_item_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    _ = views()[(0, 0)]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_image_and_class_map_move_together():
+    """Decode the red channel back to a class: it must agree with the class map but for edges."""
+    for epoch in range(8):
+        image, labels = views()[(epoch, 1)]
+        assert image.shape == (3, 40, 56)
+        assert labels.shape == (40, 56)
+        assert labels.dtype == torch.int64
+        red = (image[0] * 0.229 + 0.485) * 255 / 20
+        counted = labels != IGNORE
+        agree = ((red - labels).abs() < 0.5)[counted].float().mean()
+        assert agree > 0.75
+        assert counted.float().mean() > 0.25
+
+
+def test_padding_does_not_count():
+    transform = training_transform((90, 90), ignore_index=IGNORE, scale=(0.3, 0.3))
+    image, labels = SeededView(Coded(), transform)[(0, 0)]
+    padded = labels == IGNORE
+    assert padded.float().mean() > 0.5
+    assert image[:, padded].abs().max() < 0.02  # the mean colour
+
+
+def test_evaluation_keeps_the_annotation_as_it_was_drawn():
+    view = SeededView(Coded(), evaluation_transform((20, 28)))
+    image, labels = view[0]
+    assert image.shape == (3, 20, 28)
+    assert torch.equal(labels, Coded()[0][1].as_subclass(torch.Tensor))
+    assert type(image) is type(labels) is torch.Tensor
+
+
+def test_normalising_takes_the_mean_colour_to_zero():
+    pixels = torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
+    assert normalised_picture(pixels, (4, 4)).abs().max() < 0.02
+
+
+def test_each_epoch_has_its_own_order_whatever_came_before():
+    sampler = EpochSampler(20, seed=3)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        keys = list(sampler)
+        assert {key[0] for key in keys} == {epoch}
+        orders.append([key[1] for key in keys])
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[1]) == list(range(20)) == sorted(orders[0])
+    assert len(sampler) == 20
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(num_workers):
+    def batches(workers):
+        sampler = EpochSampler(6, seed=1)
+        sampler.set_epoch(2)
+        loader = DataLoader(views(), batch_size=3, sampler=sampler, num_workers=workers)
+        return torch.cat([images for images, _ in loader])
+
+    assert torch.equal(batches(0), batches(num_workers))
+
+
+def test_neighbouring_seeds_are_unrelated():
+    seeds = {mix_seed(a, b, c) for a in range(10) for b in range(10) for c in range(-1, 10)}
+    assert len(seeds) == 1100
+    bits = [bin(mix_seed(0, 0, i) ^ mix_seed(0, 0, i + 1)).count("1") for i in range(100)]
+    assert 25 < sum(bits) / len(bits) < 38
+    assert all(0 <= seed < 2**63 for seed in seeds)
