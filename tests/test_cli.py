@@ -1,0 +1,180 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sparsight.cli import find_recipe, load_recipe, main, normalise_flags
+from sparsight.train.data import SyntheticScenes
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = str(ROOT / "recipes" / "segmentation" / "camvid.py")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder in CamVid's layout with drawn scenes in it."""
+    root = tmp_path_factory.mktemp("camvid")
+    for split, count, seed in (("train", 6, 1), ("val", 3, 2)):
+        for folder in (root / split, root / f"{split}annot"):
+            folder.mkdir()
+        for i, (image, labels) in enumerate(SyntheticScenes(count, size=(64, 96), seed=seed)):
+            if i == count:
+                break
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            picture.save(root / split / f"scene{i}.png")
+            Image.fromarray(labels.byte().numpy()).save(root / f"{split}annot" / f"scene{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """What a quick sampled run leaves."""
+    out = tmp_path_factory.mktemp("run")
+    arguments = ["--data", str(data), "--size", "64x96", "--fpn-channels", "8", "--quick"]
+    arguments += ["--head-channels=8", "--budget", "0.7", "--progress-bar", "false"]
+    assert main(["train", RECIPE, *arguments, "--out", str(out)]) == 0
+    return out
+
+
+def test_training_leaves_weights_a_score_and_a_log(trained):
+    result = json.loads((trained / "result.json").read_text())
+    assert result["num_images"] == 3
+    assert result["share"] == pytest.approx(0.7, abs=0.02)
+    assert result["architecture"]["sampling"]["layout"] == "b"
+    assert 0 <= result["miou"] <= 1
+    assert (trained / "weights.safetensors").is_file()
+    assert "val_miou" in (trained / "log" / "metrics.csv").read_text()
+
+
+def test_evaluating_counts_the_same_and_measures(trained, data, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    weights = str(trained / "weights.safetensors")
+    # The noise depends on an image's place in its batch: the same batches as in training.
+    flags = ["--seeds", "2", "--batch-size", "2", "--out", str(out)]
+    assert main(["evaluate", weights, "--data", str(data), *flags]) == 0
+    result = json.loads(out.read_text())
+    trained_result = json.loads((trained / "result.json").read_text())
+    assert result["scores"][0]["macs_total"] == trained_result["macs_total"]
+    assert result["scores"][0]["miou"] == pytest.approx(trained_result["miou"], abs=0.01)
+    assert result["scores"][1]["macs_total"] != result["scores"][0]["macs_total"]
+    assert result["miou_std"] is not None
+    assert {row["name"] for row in result["latency"]["rows"]} == {
+        "dense, eager channels-last",
+        "sampled, frozen",
+    }
+    assert "mIoU" in capsys.readouterr().out
+
+
+def test_a_profile_names_the_layers(trained, capsys):
+    assert main(["profile", str(trained / "weights.safetensors")]) == 0
+    assert "layer1.0" in capsys.readouterr().out
+
+
+def test_masks_are_drawn(trained, data, tmp_path):
+    arguments = [str(trained / "weights.safetensors"), "--data", str(data), "--images", "[0,2]"]
+    assert main(["masks", *arguments, "--out", str(tmp_path)]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scene0.png", "scene2.png"]
+
+
+def test_an_image_that_is_not_there_is_named(trained, data, tmp_path, capsys):
+    arguments = [str(trained / "weights.safetensors"), "--data", str(data), "--images", "[7]"]
+    assert main(["masks", *arguments, "--out", str(tmp_path)]) == 1
+    assert "masks: image 7 of 3 in 'val'; 0 to 2 is required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "root='nowhere' has no folder 'train'; expected train/"),
+        ([], "no data folder was given"),
+        (["--quick", "--budget", "1.5"], "budget=1.5; a share of the dense model's MACs in (0, 1]"),
+        (["--quick", "--init", "gone.safetensors"], "'gone.safetensors' does not exist"),
+        (
+            ["--quick", "--budget", "0.5", "--sampling-weight", "0.1"],
+            "budget=0.5 and sampling_weight=0.1 were both given",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_without_a_traceback(arguments, message, capsys, tmp_path):
+    assert main(["train", RECIPE, *arguments, "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("sparsight: error: ")
+    assert message in error
+    assert "Traceback" not in error
+    with pytest.raises((ValueError, FileNotFoundError)):
+        main(["train", RECIPE, *arguments, "--out", str(tmp_path), "--traceback"])
+
+
+def test_a_checkpoint_of_another_architecture_does_not_start_a_run(trained, tmp_path, capsys):
+    arguments = ["--quick", "--size", "64x96", "--init", str(trained / "weights.safetensors")]
+    assert main(["train", RECIPE, *arguments, "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "num_classes is 11, not 6" in error
+    assert "fpn_channels is 8, not 48" in error
+    assert "it is sampled, not dense" in error
+
+
+def test_a_recipe_is_found_by_path_and_by_name(tmp_path):
+    assert find_recipe(RECIPE) == Path(RECIPE)
+    for name in ("segmentation/camvid", "recipes/segmentation/camvid.py"):
+        assert find_recipe(name).resolve() == Path(RECIPE)
+    with pytest.raises(
+        FileNotFoundError, match=r"recipe 'nope' was not found.*segmentation/camvid"
+    ):
+        find_recipe("nope")
+    empty = tmp_path / "mine.py"
+    empty.write_text("")
+    with pytest.raises(ValueError, match=r"mine\.py' defines no function 'mine'"):
+        load_recipe(empty)
+
+
+def test_a_recipe_of_ones_own_runs(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text("def mine(*, batch_size: int = 1):\n    print('ran', batch_size)\n")
+    assert main(["train", str(path), "--batch-size", "3"]) == 0
+    assert "ran 3" in capsys.readouterr().out
+
+
+def test_flags_may_be_written_as_people_write_them():
+    given = ["--batch-size", "8", "--size=240x320", "--quick", "--out-dir=a-b", "--lr", "1e-3"]
+    assert normalise_flags(given) == [
+        "--batch_size",
+        "8",
+        "--size=[240,320]",
+        "--quick",
+        "true",
+        "--out_dir=a-b",
+        "--lr",
+        "1e-3",
+    ]
+    assert normalise_flags(["--quick", "--help"]) == ["--quick", "true", "--help"]
+
+
+def test_unknown_commands_and_flags_are_refused(capsys):
+    assert main(["fly"]) == 2
+    assert "unknown command 'fly'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", RECIPE, "--wings", "2"])
+    assert stopped.value.code == 2
+    assert "wings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "profile", "masks", "demo"])
+def test_every_command_explains_its_flags(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"sparsight {command}" in capsys.readouterr().out
+
+
+def test_help_runs_as_a_program():
+    ran = subprocess.run(
+        [sys.executable, "-m", "sparsight.cli", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "sparsight COMMAND" in ran.stdout
