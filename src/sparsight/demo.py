@@ -190,7 +190,8 @@ def format_table(rows: Sequence[Row]) -> str:
         share = row.score.macs_total / first.score.macs_dense
         speed_up = first.latency_ms / row.latency_ms
         lines.append(
-            f"{row.name:34}{100 * row.score.miou:7.1f}{mmacs:9.0f}{share:7.2f}{density:>9}{row.latency_ms:8.2f}{speed_up:9.2f}x"
+            f"{row.name:34}{100 * row.score.miou:7.1f}{mmacs:9.0f}{share:7.2f}{density:>9}"
+            f"{row.latency_ms:8.2f}{speed_up:9.2f}x"
         )
     return "\n".join(lines)
 
