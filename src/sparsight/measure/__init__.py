@@ -1,9 +1,8 @@
 """Counting and timing: what a model computes for one input, and how long it takes.
 
 Enters: a model (ordinary, converted or frozen) or several callables, and what they take. Leaves:
-    dataclasses with
-the unit in each number's name, which print as tables, and dated report files. May import nn, ops
-and convert; never train.
+dataclasses with the unit in each number's name, which print as tables, and dated report files. May
+import nn, ops and convert; never train.
 """
 
 from sparsight.measure.environment import environment

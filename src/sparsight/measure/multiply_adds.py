@@ -5,14 +5,14 @@ halved. An operator without a formula costs nothing: normalisation, activations,
 and resizing are not counted.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
@@ -48,12 +48,20 @@ _EXTRA: dict[Any, Callable[[Sequence[Any]], int]] = {
 }
 
 
+@cache
+def _flop_formulas() -> Mapping[Any, Callable[..., int]]:
+    # Imports triton where it is installed: only for those who count.
+    from torch.utils.flop_counter import flop_registry
+
+    return flop_registry
+
+
 def has_formula(func: Any) -> bool:
     """Whether an operator is counted as it stands, instead of by what it is composed of."""
     packet = func.overloadpacket
     return (
         packet in _EXTRA
-        or packet in flop_registry
+        or packet in _flop_formulas()
         or func.namespace in ("torchvision", "sparsight")
     )
 
@@ -78,8 +86,9 @@ def multiply_adds(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: A
     packet = func.overloadpacket
     if packet in _EXTRA:
         return _EXTRA[packet](args)
-    if packet in flop_registry:
-        flops = flop_registry[packet](*args, **kwargs, out_val=out)
+    formula = _flop_formulas().get(packet)
+    if formula is not None:
+        flops = formula(*args, **kwargs, out_val=out)
         assert flops % 2 == 0, f"{packet}: {flops} floating point operations are no multiply-adds"
         return flops // 2
     namespace, _, name = func.name().partition("::")
