@@ -14,7 +14,18 @@ namespace {
 
 constexpr int kMaxMasks = 3;
 
-enum Slot { kZeroRow = 8, kHeads, kSites, kHoles, kRowOf, kNeeded, kBits, kStageA, kStageB, kNext };
+enum Slot {
+  kZeroRow = 8,
+  kHeads,
+  kSites,
+  kHoles,
+  kRowOf,
+  kNeeded,
+  kBits,
+  kStageA,
+  kStageB,
+  kMerged
+};
 
 const int64_t* mask_fields(const int64_t* spec, int64_t m) {
   return spec + kHeaderFields + m * kMaskFields;
@@ -190,6 +201,28 @@ struct Runner {
     return call;
   }
 
+  // Few input channels (an image) would leave the inner loop a handful of steps. The pixels of one
+  // kernel row are neighbours in memory, so a row of a zero-bordered copy is read as kernel_w *
+  // channels channels of a kernel one column wide, at the stride of one pixel.
+  const float* merge_rows(const float* input, ConvGeometry& g) {
+    const int64_t channels = g.in_channels, padded_width = g.width + 2 * g.pad_w;
+    const int64_t padded_height = g.height + 2 * g.pad_h;
+    // The last run may reach past the last pixel of the last row, never past its kernel.
+    float* padded = scratch.get<float>(kMerged, padded_height * padded_width * channels);
+    std::memset(padded, 0, sizeof(float) * padded_height * padded_width * channels);
+    parallel_ranges(threads, g.height, [&](int64_t begin, int64_t end) {
+      for (int64_t y = begin; y < end; ++y)
+        std::memcpy(padded + ((y + g.pad_h) * padded_width + g.pad_w) * channels,
+                    input + y * g.width * channels, sizeof(float) * g.width * channels);
+    });
+    g.in_channels *= g.kernel_w;
+    g.kernel_w = 1;
+    g.height = padded_height;
+    g.width = padded_width;
+    g.pad_h = g.pad_w = 0;
+    return padded;
+  }
+
   // Positions of mask m that `next`, on its own sites, reads and that are holes.
   int64_t needed_holes(int64_t m, const ConvGeometry& next, const Mask& readers, int32_t* holes) {
     const Mask& mask = masks[m];
@@ -197,7 +230,7 @@ struct Runner {
     auto* needed = scratch.get<uint8_t>(kNeeded, positions);
     std::memset(needed, 0, positions);
     for (int64_t i = 0; i < readers.count; ++i) {
-      const int64_t site = readers.sites[i];
+      const int64_t site = readers.sites ? readers.sites[i] : i;
       const int64_t y0 = site / readers.width * next.stride_h - next.pad_h;
       const int64_t x0 = site % readers.width * next.stride_w - next.pad_w;
       for (int64_t ky = 0; ky < next.kernel_h; ++ky) {
@@ -225,15 +258,21 @@ struct Runner {
     for (int64_t s = 0; s < stages; ++s) {
       const int64_t* stage = stage_spec(s);
       const int64_t m = stage[kStageMask];
-      const Mask& mask = masks[m];
+      ConvCall call{};
+      call.geometry = stage_geometry(stage, height, width);
+      const Mask everywhere = {call.geometry.out_height, call.geometry.out_width,
+                               call.geometry.out_height * call.geometry.out_width};
+      const Mask& mask = m < 0 ? everywhere : masks[m];
       const bool last = s + 1 == stages;
       const int64_t* next = last ? nullptr : stage_spec(s + 1);
       const bool stays = !last && is_pointwise(next) && next[kStageMask] == m;
-      ConvCall call{};
-      call.geometry = stage_geometry(stage, height, width);
+      if (a.spec[kRowMerge]) {
+        input = merge_rows(input, call.geometry);
+        call.geometry.groups = 1;
+      }
       call.kind = pack_kind(stage[kStageIn], stage[kStageOut], stage[kStageGroups]);
       call.input = input;
-      call.input_stride = stage[kStageIn];
+      call.input_stride = a.spec[kRowMerge] ? a.spec[kInChannels] : stage[kStageIn];
       call.compact_input = compact;
       call.zero_row = zero_row;
       call.sites = mask.full() ? nullptr : mask.sites;
@@ -281,7 +320,12 @@ struct Runner {
         fill.values = fill.output = output;
         fill.values_stride = fill.output_stride = stage[kStageOut];
         fill.positions = holes;
-        const int64_t count = needed_holes(m, reader, masks[next[kStageMask]], holes);
+        // A reader without a mask reads everything.
+        const int64_t next_mask = next[kStageMask];
+        const Mask all = {reader.out_height, reader.out_width, reader.out_height * reader.out_width,
+                          nullptr, nullptr};
+        const int64_t count =
+            needed_holes(m, reader, next_mask < 0 ? all : masks[next_mask], holes);
         parallel_ranges(threads, count,
                         [&](int64_t begin, int64_t end) { table.fill(fill, begin, end); });
       }

@@ -22,6 +22,7 @@ enum HeaderField {
   kNumStages,
   kReluOut,
   kHeadWeight,  // offset of the packed heads
+  kRowMerge,    // 1: the only stage reads a kernel row as one run of channels, see merge_rows
   kHeadCount,   // their columns: 9 for each mask with a head
   kHeaderFields
 };
@@ -39,6 +40,7 @@ enum MaskField {
   kEps,     // offset of one float, or -1: exact
   kMaskFields
 };
+// kStageMask is -1 for a stage that is computed everywhere.
 enum StageField {
   kStageIn,
   kStageOut,

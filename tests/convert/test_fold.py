@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from sparsight.convert.fold import fold_norms
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
+
+from sparsight.convert.fold import fold_norms, fuse_relus
 
 
 class Net(nn.Module):
@@ -71,3 +72,44 @@ def test_a_convolution_without_a_norm_is_left() -> None:
 
 def test_an_affine_free_norm_is_folded() -> None:
     check(lambda n, x: n.norm(n.conv(x)), PAIR, lambda c: nn.BatchNorm2d(c, affine=False))
+
+
+class Activated(nn.Module):
+    def __init__(self, use, *, inplace) -> None:
+        super().__init__()
+        self.conv, self.relu, self.use = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=inplace), use
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x):
+        return self.use(self, x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_activation_that_alone_reads_the_convolution_is_taken_out(inplace) -> None:
+    net = Activated(lambda n, x: n.pool(n.relu(n.conv(x))), inplace=inplace).eval()
+    assert fuse_relus(net, torch.randn(1, 3, 9, 9)) == ["conv"]
+    assert isinstance(net.relu, nn.Identity)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda n, x: n.conv(x) + n.relu(n.conv(x)),
+        lambda n, x: n.relu(n.pool(n.conv(x))),
+        lambda n, x: n.pool(n.conv(x)).sigmoid(),
+        lambda n, x: n.relu(n.relu(n.conv(x))),
+    ],
+)
+def test_any_other_use_keeps_the_activation(use) -> None:
+    net = Activated(use, inplace=False).eval()
+    assert fuse_relus(net, torch.randn(1, 3, 9, 9)) == []
+    assert isinstance(net.relu, nn.ReLU)
+
+
+def test_an_activation_read_before_the_convolution_was_done_with_is_kept() -> None:
+    def use(n, x):
+        y = n.conv(x)
+        return n.relu(y) - y
+
+    net = Activated(use, inplace=False).eval()
+    assert fuse_relus(net, torch.randn(1, 3, 9, 9)) == []

@@ -5,9 +5,12 @@ import threading
 from functools import partial
 
 import pytest
-import sparsight
 import torch
 import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+import sparsight
 from sparsight.convert import ConversionError
 from sparsight.nn import (
     AveragePoolInterpolation,
@@ -18,8 +21,6 @@ from sparsight.nn import (
     ZeroFill,
 )
 from sparsight.nn.frozen_block import FrozenBlock
-from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 # Relative to the largest output; the two paths round differently, layer by layer.
 TOLERANCE = 1e-4
@@ -335,7 +336,7 @@ def test_what_cannot_be_frozen_is_said() -> None:
         sparsight.freeze(copy.deepcopy(model).double(), example=x.double())
     with pytest.raises(ConversionError, match=r"dtype is torch.float16"):
         sparsight.freeze(model, example=x, dtype=torch.float16)
-    with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Module"):
         sparsight.freeze("resnet18", example=x)
 
 

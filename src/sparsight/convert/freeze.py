@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from sparsight.convert.find import ConversionError
-from sparsight.convert.fold import fold_norms
-from sparsight.nn.frozen_block import FrozenBlock, refusal
+from sparsight.convert.fold import fold_norms, fuse_relus
+from sparsight.nn.frozen_block import FrozenBlock, FrozenSampler, refusal
+from sparsight.nn.frozen_conv import FrozenConv2d, refusal_of_conv
 from sparsight.nn.sampled_block import SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
 
@@ -20,8 +21,8 @@ __all__ = ["freeze"]
 def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) -> nn.Module:
     """An inference-only copy of the model that spends time at its sampled positions only.
 
-    Norms are folded into the convolutions, weights are packed once, and every sampled block becomes
-    one operator call. The copy takes any batch and input size and returns what ``model.eval()``
+    Norms and activations are folded into the convolutions, weights are packed once, and every
+    sampled block becomes one operator call. The copy takes any batch and input size and returns what ``model.eval()``
     returns, up to float32 rounding.
 
     Args:
@@ -74,7 +75,8 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
     with torch.no_grad():
         expected = _contract(frozen(example))
     fold_norms(frozen, example)
-    frozen = _freeze_layers(frozen)
+    clamped = fuse_relus(frozen, example)
+    frozen = _freeze_layers(frozen, set(clamped))
     frozen = frozen.to(memory_format=torch.channels_last)
     with torch.no_grad():
         arrived = _contract(frozen(example))
@@ -86,8 +88,10 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
     return frozen
 
 
-def _freeze_layers(model: nn.Module) -> nn.Module:
+def _freeze_layers(model: nn.Module, clamped: set[str]) -> nn.Module:
+    """Replace sampled layers and dense convolutions; those named in `clamped` end in a ReLU."""
     replacements: dict[nn.Module, nn.Module] = {}
+    kept: set[nn.Module] = set()
     for name, module in model.named_modules():
         if not isinstance(module, SampledBlock | SampledConv2d) or module in replacements:
             continue
@@ -98,8 +102,27 @@ def _freeze_layers(model: nn.Module) -> nn.Module:
                 f"one, because {reason}.",
                 stacklevel=3,
             )
+            kept.update(module.modules())
             continue
         replacements[module] = FrozenBlock(module)
+    model = _replace(model, replacements)
+    for module in model.modules():
+        # A head that runs outside the kernel stays what the sampler's own code expects.
+        if isinstance(module, FrozenSampler):
+            kept.update(module.modules())
+    dense: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules():
+        if type(module) is not nn.Conv2d or module in kept:
+            continue
+        if refusal_of_conv(module) is None:
+            dense[module] = FrozenConv2d(module, relu=name in clamped)
+        elif name in clamped:
+            dense[module] = nn.Sequential(module, nn.ReLU()).eval()
+    return _replace(model, dense)
+
+
+def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Put the new modules in the place of the old ones, under every name."""
     if model in replacements:
         return replacements[model]
     for parent in list(model.modules()):

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sparsight.nn.frozen_conv import check_features, padding_of, refusal_of_conv
 from sparsight.nn.noise import sampling_noise
 from sparsight.nn.sampled_block import SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
@@ -184,24 +185,12 @@ class FrozenBlock(nn.Module):
                     mask=mask_of_stage[i],
                     relu=i + 1 < len(parts),
                     stride=conv.stride,
-                    padding=_padding(conv),
+                    padding=padding_of(conv),
                     dilation=conv.dilation,
                     groups=conv.groups,
                 )
             )
-        self.shapes = [
-            block_ops.StageShape(
-                in_channels=s.weight.shape[1] * s.groups,
-                out_channels=s.weight.shape[0],
-                groups=s.groups,
-                kernel_size=(s.weight.shape[2], s.weight.shape[3]),
-                stride=s.stride,
-                padding=s.padding,
-                dilation=s.dilation,
-                mask=s.mask,
-            )
-            for s in stages
-        ]
+        self.shapes = [block_ops.StageShape.of(stage) for stage in stages]
         self.windows = [0 if m.log_kernel is None else m.log_kernel.shape[0] for m in mask_specs]
         params, spec = block_ops.pack_block(mask_specs, stages, relu=self.is_block)
         self.register_buffer("params", params)
@@ -235,7 +224,7 @@ class FrozenBlock(nn.Module):
             ValueError: rank, channels or device are wrong, or `x` holds NaN that reaches a head.
             RuntimeError: a gradient is asked for.
         """
-        self._check(x)
+        check_features("FrozenBlock", x, self.shapes[0].in_channels)
         batch, _, height, width = x.shape
         sizes = block_ops.block_sizes(self.shapes, (height, width))
         mask_sizes = []
@@ -296,29 +285,6 @@ class FrozenBlock(nn.Module):
                 logit = logits[:, at:end].view(-1, 1, height, width)
                 sampler(mask, torch.sigmoid(logit) if made is None else made.probability)
             at = end
-
-    def _check(self, x: Tensor) -> None:
-        first = self.shapes[0]
-        if x.ndim != 4 or x.shape[1] != first.in_channels:
-            raise ValueError(
-                f"FrozenBlock: features have shape {tuple(x.shape)}, but (B, {first.in_channels}, "
-                "height, width) is needed; give it what the source layer takes."
-            )
-        if x.dtype != torch.float32:
-            raise TypeError(
-                f"FrozenBlock: features have dtype {x.dtype}, but the layer was frozen for "
-                "torch.float32; convert the input with x.float()."
-            )
-        if x.device.type != "cpu":
-            raise ValueError(
-                f"FrozenBlock: features are on {x.device}, but the frozen layer runs on the CPU; "
-                "move them with x.cpu(), or run the converted model on the device."
-            )
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "FrozenBlock: a gradient is asked for, but a frozen model is for inference; call "
-                "it under torch.inference_mode(), and train the converted model."
-            )
 
     def samplers_named(self) -> list[tuple[str, nn.Module]]:
         """The decisions' names relative to this module, as in the source, and what shows them."""
@@ -382,16 +348,9 @@ def refusal(source: SampledBlock | SampledConv2d) -> str | None:
         list(source.interpolations) if isinstance(source, SampledBlock) else [source.interpolation]
     )
     for conv in convs:
-        if conv.weight.dtype != torch.float32:
-            return f"its weights are {conv.weight.dtype} and the kernels are float32"
-        if conv.weight.device.type != "cpu":
-            return f"it is on {conv.weight.device} and the kernels run on the CPU"
-        if conv.kernel_size[0] * conv.kernel_size[1] > cpu.MAX_TAPS:
-            return f"its kernel {conv.kernel_size} has more than {cpu.MAX_TAPS} taps"
-        if conv.padding == "same" and any(
-            d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
-        ):
-            return "padding='same' with an even kernel pads one side more than the other"
+        reason = refusal_of_conv(conv)
+        if reason is not None:
+            return reason
     for fill in fills:
         known = hasattr(fill, "log_kernel") or type(fill).__name__ == "ZeroFill"
         if not known:
@@ -431,18 +390,6 @@ def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Ten
         return folded.to(weight.dtype), shift.to(weight.dtype)
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, int]:
-    if conv.padding == "valid":
-        return 0, 0
-    if conv.padding == "same":
-        down, right = (
-            d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
-        )
-        return down, right
-    down, right = conv.padding
-    return int(down), int(right)
-
-
 def _head_is_inside(sampler: nn.Module, convs: Sequence[nn.Conv2d]) -> bool:
     """Whether the kernel can evaluate the head: the published one, on the block's own input."""
     if type(sampler) is not Sampler or sampler.border is not None:
@@ -457,7 +404,7 @@ def _head_is_inside(sampler: nn.Module, convs: Sequence[nn.Conv2d]) -> bool:
     return all(
         2 * p == d * (k - 1)
         for conv in convs
-        for p, d, k in zip(_padding(conv), conv.dilation, conv.kernel_size, strict=True)
+        for p, d, k in zip(padding_of(conv), conv.dilation, conv.kernel_size, strict=True)
     )
 
 

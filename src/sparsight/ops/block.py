@@ -48,7 +48,7 @@ class StageSpec:
     Attributes:
         weight: (O, C/groups, kh, kw) float32, norm folded in.
         bias: (O,) float32.
-        mask: index of the mask that it is computed at.
+        mask: index of the mask that it is computed at, or -1: everywhere.
         relu: whether ReLU follows at once.
         stride: vertical and horizontal step; padding, dilation and groups likewise as in Conv2d.
         padding: see stride.
@@ -93,13 +93,19 @@ def _fill_tables(log_kernel: Tensor) -> tuple[int, list[int], Tensor]:
     return levels, words, torch.tensor(numbers)
 
 
+def merges_rows(stage: StageSpec) -> bool:
+    """Whether a dense convolution reads each kernel row as one run: few channels, as of images."""
+    in_channels, width = stage.weight.shape[1], stage.weight.shape[3]
+    return stage.groups == 1 and width > 1 and in_channels * width <= 64 and stage.dilation[1] == 1
+
+
 def pack_block(
     masks: Sequence[MaskSpec], stages: Sequence[StageSpec], *, relu: bool
 ) -> tuple[Tensor, Tensor]:
     """Write a block down for `sampled_block`.
 
     Args:
-        masks: at most three.
+        masks: at most three; none for a dense convolution.
         stages: the convolutions, first to last; a mask has the output size of the first stage that
             it gates.
         relu: whether ReLU follows the residual addition.
@@ -131,7 +137,8 @@ def pack_block(
         _kernels.pack_heads(*columns.shape, columns.data_ptr(), packed.data_ptr())
         head_at = store(packed)
     spec = [_kernels.SPEC_VERSION, in_channels, len(masks), len(stages), int(relu)]
-    spec += [head_at, 9 * len(heads)]
+    merge = not masks and len(stages) == 1 and merges_rows(first)
+    spec += [head_at, int(merge), 9 * len(heads)]
     column = 0
     sets: list[int] = []
     sets_at = len(spec) + len(masks) * _kernels.MASK_FIELDS + len(stages) * _kernels.STAGE_FIELDS
@@ -149,7 +156,10 @@ def pack_block(
         column += 9 if m.head_weight is not None else 0
     for stage in stages:
         out_channels, in_per_group, *kernel = stage.weight.shape
-        weight, bias = pack(stage.weight, stage.bias, stage.groups)
+        weight = stage.weight
+        if merge:
+            weight = weight.permute(0, 3, 1, 2).flatten(1, 2).unsqueeze(3)
+        weight, bias = pack(weight, stage.bias, stage.groups)
         weight_at, bias_at = store(weight), store(bias)
         spec += [in_per_group * stage.groups, out_channels, stage.groups, *kernel, *stage.stride]
         spec += [
@@ -176,6 +186,20 @@ class StageShape:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     mask: int
+
+    @classmethod
+    def of(cls, stage: StageSpec) -> "StageShape":
+        """The shape of a stage."""
+        return cls(
+            in_channels=stage.weight.shape[1] * stage.groups,
+            out_channels=stage.weight.shape[0],
+            groups=stage.groups,
+            kernel_size=(stage.weight.shape[2], stage.weight.shape[3]),
+            stride=stage.stride,
+            padding=stage.padding,
+            dilation=stage.dilation,
+            mask=stage.mask,
+        )
 
     @property
     def macs_per_position(self) -> int:

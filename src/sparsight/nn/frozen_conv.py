@@ -1,0 +1,160 @@
+"""The inference form of a dense convolution: packed weights, activation in the last store."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparsight.ops import block as block_ops
+from sparsight.ops import cpu
+
+__all__ = ["FrozenConv2d", "check_features", "padding_of", "refusal_of_conv"]
+
+
+class FrozenConv2d(nn.Module):
+    """A dense convolution for inference on the CPU, with the kernel of the sampled ones.
+
+    torch's own convolution repacks its weight at every call, and reads and writes the map once more
+    for the activation after it. Made by :func:`sparsight.freeze`. float32.
+
+    Attributes:
+        source_conv: the convolution's shape, on no device: what `measure` counts.
+        params: packed weight and bias, flat float32 buffer.
+        spec: flat int64 buffer that describes them.
+
+    Args:
+        conv: a plain convolution, norm folded in already; not changed.
+        relu: whether a ReLU follows.
+    """
+
+    params: Tensor
+    spec: Tensor
+
+    def __init__(self, conv: nn.Conv2d, *, relu: bool = False) -> None:
+        super().__init__()
+        reason = refusal_of_conv(conv)
+        if reason is not None:
+            raise ValueError(
+                f"FrozenConv2d: the convolution cannot be frozen because {reason}; "
+                "keep it as it is."
+            )
+        bias = conv.bias
+        stage = block_ops.StageSpec(
+            weight=conv.weight.detach(),
+            bias=torch.zeros(conv.out_channels) if bias is None else bias.detach(),
+            mask=-1,
+            relu=relu,
+            stride=(conv.stride[0], conv.stride[1]),
+            padding=padding_of(conv),
+            dilation=(conv.dilation[0], conv.dilation[1]),
+            groups=conv.groups,
+        )
+        params, spec = block_ops.pack_block([], [stage], relu=relu)
+        self.register_buffer("params", params)
+        self.register_buffer("spec", spec)
+        self.relu = relu
+        self.shape = block_ops.StageShape.of(stage)
+        self.source_conv = self.shape
+        self.settings = conv.extra_repr()
+        self.eval()
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B O Ho Wo"]:
+        """Convolve.
+
+        Args:
+            x: (B, C, H, W) float32; channels-last is read in place, other layouts are copied.
+
+        Returns:
+            (B, O, Ho, Wo) channels-last.
+
+        Raises:
+            TypeError: `x` is not float32.
+            ValueError: rank, channels, size or device are wrong.
+            RuntimeError: a gradient is asked for.
+        """
+        check_features("FrozenConv2d", x, self.shape.in_channels)
+        (size,) = block_ops.block_sizes([self.shape], (x.shape[2], x.shape[3]))
+        if min(size) < 1:
+            raise ValueError(
+                f"FrozenConv2d: a {x.shape[2]}x{x.shape[3]} input is smaller than the kernel "
+                f"{self.shape.kernel_size} with its padding; use a larger input."
+            )
+        out, _, _ = block_ops.sampled_block(
+            x,
+            None,
+            [],
+            [],
+            self.params,
+            self.spec,
+            output_shape=(x.shape[0], self.shape.out_channels, *size),
+            mask_positions=0,
+        )
+        return out
+
+    def extra_repr(self) -> str:
+        """What was packed, for repr."""
+        return self.settings + (", relu=True" if self.relu else "")
+
+
+def check_features(layer: str, x: Tensor, in_channels: int) -> None:
+    """Raise unless a frozen layer can take `x`.
+
+    Args:
+        layer: class name, for the message.
+        x: the features.
+        in_channels: channels that the layer was built for.
+
+    Raises:
+        TypeError: `x` is not float32.
+        ValueError: rank, channels or device are wrong.
+        RuntimeError: a gradient is asked for.
+    """
+    if x.ndim != 4 or x.shape[1] != in_channels:
+        raise ValueError(
+            f"{layer}: features have shape {tuple(x.shape)}, but (B, {in_channels}, height, width) "
+            "is needed; give it what the source layer takes."
+        )
+    if x.dtype != torch.float32:
+        raise TypeError(
+            f"{layer}: features have dtype {x.dtype}, but the layer was frozen for torch.float32; "
+            "convert the input with x.float()."
+        )
+    if x.device.type != "cpu":
+        raise ValueError(
+            f"{layer}: features are on {x.device}, but the frozen layer runs on the CPU; move them "
+            "with x.cpu(), or run the converted model on the device."
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{layer}: a gradient is asked for, but a frozen model is for inference; call it under "
+            "torch.inference_mode(), and train the converted model."
+        )
+
+
+def refusal_of_conv(conv: nn.Conv2d) -> str | None:
+    """Why a convolution cannot be packed, or None when it can."""
+    if conv.weight.dtype != torch.float32:
+        return f"its weights are {conv.weight.dtype} and the kernels are float32"
+    if conv.weight.device.type != "cpu":
+        return f"it is on {conv.weight.device} and the kernels run on the CPU"
+    if conv.padding_mode != "zeros":
+        return f"its padding_mode is {conv.padding_mode!r} and the kernels pad with zeros"
+    if conv.kernel_size[0] * conv.kernel_size[1] > cpu.MAX_TAPS:
+        return f"its kernel {conv.kernel_size} has more than {cpu.MAX_TAPS} taps"
+    if conv.padding == "same" and any(
+        d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+    ):
+        return "padding='same' with an even kernel pads one side more than the other"
+    return None
+
+
+def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
+    """Zero padding of a convolution, vertical and horizontal, also where it is given by name."""
+    if conv.padding == "valid":
+        return 0, 0
+    if conv.padding == "same":
+        down, right = (
+            d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+        )
+        return down, right
+    down, right = conv.padding
+    return int(down), int(right)
