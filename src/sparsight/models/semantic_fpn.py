@@ -177,8 +177,8 @@ def semantic_fpn(
             ResNet.
 
     Example:
-        >>> model = semantic_fpn("resnet18", num_classes=11, fpn_channels=64,
-        head_channels=64).eval() >>> model(torch.zeros(1, 3, 64, 96))["out"].shape
+        >>> model = semantic_fpn("resnet18", num_classes=11, fpn_channels=64, head_channels=64)
+        >>> model.eval()(torch.zeros(1, 3, 64, 96))["out"].shape
         torch.Size([1, 11, 64, 96])
 
     Source: Kirillov, Girshick, He, Dollar, "Panoptic Feature Pyramid Networks", CVPR 2019, arXiv
@@ -227,7 +227,7 @@ def _named_resnet(name: str, *, is_dilated: bool) -> nn.Module:
 def _probe(stages: ResNetStages) -> tuple[list[int], list[int]]:
     """Channels and strides of the stages, from one pass of a small image that leaves no trace."""
     was_training = stages.training
-    weight = stages.conv1.weight
+    weight = next(stages.parameters())  # of the first convolution
     stages.eval()  # so that the running statistics stay as they are
     size = 64
     with torch.no_grad():
