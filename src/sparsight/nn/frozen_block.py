@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sparsight.nn.frozen_conv import check_features, padding_of, refusal_of_conv
-from sparsight.nn.noise import sampling_noise
+from sparsight.nn.noise import NoiseKind, sampling_noise
 from sparsight.nn.sampled_block import SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
 from sparsight.nn.sampler import Sampler, SamplingDecision
@@ -32,6 +32,9 @@ class FrozenSampler(nn.Module):
     Attributes:
         head: shape of the head that the layer's kernel evaluates, for `measure`; else None.
     """
+
+    kind: NoiseKind
+    ranks: Tensor | None
 
     def __init__(self, sampler: nn.Module, *, inside: bool) -> None:
         super().__init__()
@@ -131,19 +134,21 @@ class FrozenBlock(nn.Module):
         self.is_block = isinstance(source, SampledBlock)
         owned = source.samplers_named()
         self._sampler_names = [name for name, _ in owned]
-        samplers = [sampler for _, sampler in owned]
+        samplers: list[Any] = [sampler for _, sampler in owned]
         if isinstance(source, SampledBlock):
             parts = [(conv, norm) for _, conv, norm, _ in source.convolutions()]
             decisions = [decision for *_, decision in source.convolutions()]
             strides = source.mask_strides()
-            fills = list(source.interpolations)
+            fills: list[Any] = list(source.interpolations)
         else:
             parts, decisions, strides = [(source, nn.Identity())], [0], [(1, 1)]
             fills = [source.interpolation]
 
+        # A convolution without a sampler has a decision all the same: forward is given it.
+        self._num_decisions = max(decisions) + 1
         # Masks are the decisions, then the coarser copies of them that layout a reads.
-        self._decision_of_mask = list(range(len(samplers)))
-        masks: list[tuple[int, tuple[int, int]]] = [(-1, (1, 1)) for _ in samplers]
+        self._decision_of_mask = list(range(self._num_decisions))
+        masks: list[tuple[int, tuple[int, int]]] = [(-1, (1, 1))] * self._num_decisions
         mask_of_stage = []
         for decision, stride in zip(decisions, strides, strict=True):
             if stride == (1, 1):
@@ -161,15 +166,17 @@ class FrozenBlock(nn.Module):
         mask_specs = []
         for i, (parent, stride) in enumerate(masks):
             decision = self._decision_of_mask[i]
-            sampler, fill = samplers[decision], fills[decision]
-            head = sampler.head if parent < 0 and inside[decision] else None
+            fill = fills[decision]
+            has_head = parent < 0 and any(inside[decision : decision + 1])
+            sampler = samplers[decision] if has_head else None
+            head = None if sampler is None else sampler.head
             log_kernel = fill.log_kernel() if hasattr(fill, "log_kernel") else None
             mask_specs.append(
                 block_ops.MaskSpec(
                     head_weight=None if head is None else head.weight,
                     head_bias=None if head is None else head.bias,
                     stride=stride if head is None else head.stride,
-                    grid_stride=(sampler.grid_stride or 0) if head is not None else 0,
+                    grid_stride=0 if sampler is None else sampler.grid_stride or 0,
                     parent=parent,
                     log_kernel=log_kernel,
                     eps=getattr(fill, "eps", None),
@@ -184,9 +191,9 @@ class FrozenBlock(nn.Module):
                     bias=bias,
                     mask=mask_of_stage[i],
                     relu=i + 1 < len(parts),
-                    stride=conv.stride,
+                    stride=(conv.stride[0], conv.stride[1]),
                     padding=padding_of(conv),
-                    dilation=conv.dilation,
+                    dilation=(conv.dilation[0], conv.dilation[1]),
                     groups=conv.groups,
                 )
             )
@@ -214,14 +221,16 @@ class FrozenBlock(nn.Module):
 
         Args:
             x: (B, C, H, W) float32; channels-last is read in place, other layouts are copied.
-            decision: for a convolution only, a decision made elsewhere.
+            decision: for a convolution only, a decision made elsewhere; needed where the source
+                has no sampler.
 
         Returns:
             (B, O, Ho, Wo) channels-last.
 
         Raises:
             TypeError: `x` is not float32.
-            ValueError: rank, channels or device are wrong, or `x` holds NaN that reaches a head.
+            ValueError: rank, channels or device are wrong, `x` holds NaN that reaches a head, or
+                there is neither a decision nor a sampler.
             RuntimeError: a gradient is asked for.
         """
         check_features("FrozenBlock", x, self.shapes[0].in_channels)
@@ -235,15 +244,21 @@ class FrozenBlock(nn.Module):
         given: list[Tensor | None] = []
         elsewhere: list[SamplingDecision | None] = []
         for m, decision_index in enumerate(self._decision_of_mask):
-            sampler = self.samplers[decision_index]
-            assert isinstance(sampler, FrozenSampler)
-            is_copy = m >= len(self.samplers)
-            from_head = sampler.inside and decision is None and not is_copy
-            noise.append(sampler.noise(batch, *mask_sizes[m]) if from_head else None)
-            made = decision
-            if made is None and not sampler.inside and not is_copy:
-                assert sampler.source is not None
-                made = sampler.source(x)
+            made, drawn = decision, None
+            is_copy = m >= self._num_decisions
+            if made is None and not is_copy:
+                if not self.samplers:
+                    raise ValueError(
+                        "FrozenBlock: decision is None and the layer has no sampler, but one of "
+                        "the two must say what to compute; pass decision=sampler(features)."
+                    )
+                sampler = self.samplers[decision_index]
+                assert isinstance(sampler, FrozenSampler)
+                if sampler.source is None:
+                    drawn = sampler.noise(batch, *mask_sizes[m])
+                else:
+                    made = sampler.source(x)
+            noise.append(drawn)
             elsewhere.append(made)
             given.append(None if made is None or is_copy else made.mask)
         for mask, size in zip(given, mask_sizes, strict=True):
@@ -307,7 +322,7 @@ class FrozenBlock(nn.Module):
             if self._decision_of_mask[shape.mask] != i:
                 continue
             down = 1, 1
-            if shape.mask >= len(self.samplers):
+            if shape.mask >= self._num_decisions:
                 # A coarser copy: its size follows from the stages between.
                 first = next(k for k, s in enumerate(self.shapes) if s.mask == shape.mask)
                 between = [
