@@ -4,6 +4,7 @@
 // Pointers travel as integers: four arrays through nanobind's ndarray cost 14 us a call, as
 // integers 0.7.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -12,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "buffers.h"
 #include "kernels.h"
 #include "operators.h"
 #include "pack.h"
@@ -101,6 +103,28 @@ int64_t sampled_block(uintptr_t x, uintptr_t shortcut, std::vector<uintptr_t> no
   return run_block(table, arrays, num_threads);
 }
 
+struct Lease {
+  void* memory;
+  int64_t bytes;
+};
+
+// A (batch, channels, height, width) float32 tensor in channels-last order, uninitialised, whose
+// memory goes back to the free list with it.
+nb::ndarray<nb::pytorch, float> new_map(int64_t batch, int64_t channels, int64_t height,
+                                        int64_t width) {
+  const int64_t bytes = batch * channels * height * width * static_cast<int64_t>(sizeof(float));
+  auto* lease = new Lease{nullptr, bytes};
+  nb::capsule owner(lease, [](void* p) noexcept {
+    auto* held = static_cast<Lease*>(p);
+    if (held->memory) give_back_buffer(held->memory, held->bytes);
+    delete held;
+  });
+  lease->memory = take_buffer(bytes);
+  const size_t shape[4] = {size_t(batch), size_t(channels), size_t(height), size_t(width)};
+  const int64_t strides[4] = {height * width * channels, 1, width * channels, channels};
+  return nb::ndarray<nb::pytorch, float>(lease->memory, 4, shape, owner, strides);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -111,6 +135,9 @@ NB_MODULE(_kernels, m) {
   m.attr("SPEC_VERSION") = kSpecVersion;
   m.attr("MASK_FIELDS") = static_cast<int64_t>(kMaskFields);
   m.attr("STAGE_FIELDS") = static_cast<int64_t>(kStageFields);
+  m.attr("POOLED_BYTES") = kPooledBytes;
+  m.def("new_map", &new_map);
+  m.def("drop_buffers", &drop_buffers);
   m.def("available_isas", [] {
     std::vector<std::string> names;
     for (const char* name : {"scalar", "avx2", "avx512"})

@@ -4,6 +4,8 @@ Arguments have passed the public door of the op; here only memory is arranged. `
 one of `available_isas()`, `num_threads` None takes `torch.get_num_threads()`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,22 @@ def _rows(x: Tensor) -> Tensor:
 
 def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _new_map(shape: Sequence[int]) -> Tensor:
+    """Uninitialised (B, C, H, W) channels-last float32; large ones from buffers used before."""
+    batch, channels, height, width = shape
+    if batch * channels * height * width * 4 < _kernels.POOLED_BYTES:
+        return torch.empty(tuple(shape), memory_format=torch.channels_last)
+    return _kernels.new_map(batch, channels, height, width)
+
+
+def drop_buffers() -> int:
+    """Free the output buffers that are kept for the next call; returns how many bytes they held.
+
+    At most 16 buffers and 1 GiB are kept.
+    """
+    return _kernels.drop_buffers()
 
 
 def sites_from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,7 +249,7 @@ def sampled_block(
     shortcut = None if shortcut is None else _rows(shortcut)
     batch, _, height, width = x.shape
     if out is None:
-        out = torch.empty(output_shape, memory_format=torch.channels_last)
+        out = _new_map(output_shape)
     masks = torch.empty((batch, mask_positions), dtype=torch.bool)
     logits = torch.empty((batch, mask_positions))
     noise = [None if n is None else n.contiguous() for n in noise]
