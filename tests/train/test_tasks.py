@@ -105,23 +105,25 @@ def test_a_schedule_of_ones_own_is_used():
     assert {m.temperature for m in task.modules() if isinstance(m, Sampler)} == {0.4}
 
 
-def test_samplers_and_widths_learn_faster_and_do_not_decay():
+def test_biases_of_samplers_and_widths_learn_faster_and_gates_do_not_decay():
     task = SegmentationTask(
         convert(build_dense(SAMPLED), SAMPLED), SAMPLED, ignore_index=255, lr=1e-3
     )
     task.trainer = type("T", (), {"estimated_stepping_batches": 100})()
     optimizer = task.configure_optimizers()["optimizer"]
-    decayed, plain, sampling = optimizer.param_groups
+    decayed, plain, scalars = optimizer.param_groups
     names = {id(p): name for name, p in task.model.named_parameters()}
-    assert all(
-        ".samplers." in n or ".interpolations." in n
-        for n in map(names.get, map(id, sampling["params"]))
-    )
-    assert sampling["initial_lr"] == pytest.approx(1e-2)
-    assert decayed["weight_decay"] > 0 == plain["weight_decay"] == sampling["weight_decay"]
-    assert all(p.ndim > 1 for p in decayed["params"])
+    fast = {names[id(p)] for p in scalars["params"]}
+    assert fast == {
+        name
+        for name in names.values()
+        if name.endswith("head.bias") or (".interpolations." in name and name.endswith("width"))
+    }
+    assert scalars["initial_lr"] == pytest.approx(1e-2)
+    assert decayed["weight_decay"] > 0 == plain["weight_decay"] == scalars["weight_decay"]
+    assert all(".samplers." not in names[id(p)] for p in decayed["params"])
     grouped = sum(len(g["params"]) for g in optimizer.param_groups)
-    assert grouped == len(list(task.model.parameters()))
+    assert grouped == len(names)
 
 
 def test_the_price_is_charged_on_the_share_of_the_whole_model():

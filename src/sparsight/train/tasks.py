@@ -46,9 +46,9 @@ class SegmentationTask(L.LightningModule):
         objective: price of computing; None for a dense model. It is charged the expected share of
             the dense MACs of the whole model.
         lr: peak learning rate of AdamW; linear warm-up, then a half cosine to 0.
-        sampler_lr_factor: the samplers' and interpolations' learning rate over that of the rest. In
-            short runs they have far to go: a logit from 3 to below 0, an RBF width from 3 to about
-            1.
+        scalar_lr_factor: learning rate of the samplers' biases and the interpolations' widths over
+            that of the rest. They are single numbers with far to go in short runs: a logit from 3
+            to below 0, an RBF width from 3 to about 1.
         weight_decay: of weights of convolutions; not of norms, biases, samplers and interpolations.
         warmup: share of the run over which the learning rate rises.
 
@@ -67,7 +67,7 @@ class SegmentationTask(L.LightningModule):
         ignore_index: int,
         objective: BudgetController | SamplingPrice | None = None,
         lr: float = 1e-3,
-        sampler_lr_factor: float = 10.0,
+        scalar_lr_factor: float = 10.0,
         weight_decay: float = 1e-2,
         warmup: float = 0.05,
     ) -> None:
@@ -77,7 +77,7 @@ class SegmentationTask(L.LightningModule):
         self.architecture = architecture
         self.ignore_index = ignore_index
         self.lr = lr
-        self.sampler_lr_factor = sampler_lr_factor
+        self.scalar_lr_factor = scalar_lr_factor
         self.weight_decay = weight_decay
         self.warmup = warmup
         self.confusion = MulticlassConfusionMatrix(
@@ -185,7 +185,7 @@ class SegmentationTask(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW with three groups and the schedule of the learning rate."""
-        sampling, decayed, plain = [], [], []
+        slow, decayed, plain, undecayed = [], [], [], []
         gates = {
             id(p)
             for module in self.model.modules()
@@ -196,12 +196,19 @@ class SegmentationTask(L.LightningModule):
         for parameter in self.model.parameters():
             if not parameter.requires_grad:
                 continue
-            group = sampling if id(parameter) in gates else decayed if parameter.ndim > 1 else plain
+            is_gate = id(parameter) in gates
+            if parameter.ndim > 1:
+                # A logit sums 9*C features: a head's weights, unlike its bias, move it far enough
+                # at the common rate. Ten times that saturates the logits, and samples no longer
+                # follow the content.
+                group = undecayed if is_gate else decayed
+            else:
+                group = slow if is_gate else plain
             group.append(parameter)
         groups = [
             {"params": decayed, "weight_decay": self.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-            {"params": sampling, "weight_decay": 0.0, "lr": self.lr * self.sampler_lr_factor},
+            {"params": plain + undecayed, "weight_decay": 0.0},
+            {"params": slow, "weight_decay": 0.0, "lr": self.lr * self.scalar_lr_factor},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr)
         total = int(self.trainer.estimated_stepping_batches)
