@@ -1,5 +1,6 @@
 """The inference form of sampled layers: packed weights, one operator call each."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ class FrozenSampler(nn.Module):
 
     Args:
         sampler: the sampler that the decision comes from.
-        inside: whether the layer's kernel evaluates the head; if not, `sampler` is kept and run.
+        inside: whether the layer's kernel evaluates the head; if not, a copy of `sampler` is
+            run.
 
     Attributes:
         head: shape of the head that the layer's kernel evaluates, for `measure`; else None.
@@ -39,7 +41,7 @@ class FrozenSampler(nn.Module):
     def __init__(self, sampler: nn.Module, *, inside: bool) -> None:
         super().__init__()
         self.inside = inside
-        self.source = None if inside else sampler
+        self.source = None if inside else copy.deepcopy(sampler)
         self.settings = sampler.extra_repr()
         self.head: block_ops.StageShape | None = None
         if inside:
@@ -206,11 +208,12 @@ class FrozenBlock(nn.Module):
             FrozenSampler(sampler, inside=flag)
             for sampler, flag in zip(samplers, inside, strict=True)
         )
-        self.interpolations = nn.ModuleList(fills)
+        self.interpolations = nn.ModuleList(copy.deepcopy(fills))
         self._conv_names = [""]
         if isinstance(source, SampledBlock):
             self._conv_names = [name for name, *_ in source.convolutions()]
-        self.downsample = source.downsample if isinstance(source, SampledBlock) else None
+        downsample = source.downsample if isinstance(source, SampledBlock) else None
+        self.downsample: nn.Module | None = copy.deepcopy(downsample)
         self.settings = source.extra_repr()
         self.eval()
 
@@ -366,6 +369,14 @@ def refusal(source: SampledBlock | SampledConv2d) -> str | None:
         reason = refusal_of_conv(conv)
         if reason is not None:
             return reason
+    if isinstance(source, SampledBlock):
+        if type(source.relu) is not nn.ReLU:
+            return f"its activation is {type(source.relu).__name__} and the kernels know ReLU"
+        for _, _, norm, _ in source.convolutions():
+            statistics = (getattr(norm, name, None) for name in ("running_mean", "running_var"))
+            folds = all(isinstance(value, Tensor) for value in statistics)
+            if not folds and not isinstance(norm, nn.Identity):
+                return f"its norm {type(norm).__name__} has no running statistics to fold"
     for fill in fills:
         known = hasattr(fill, "log_kernel") or type(fill).__name__ == "ZeroFill"
         if not known:

@@ -1,0 +1,350 @@
+"""FrozenBlock and its parts: what is packed equals what it was packed from."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from sparsight.nn import (
+    RBFInterpolation,
+    SampledBlock,
+    SampledConv2d,
+    Sampler,
+    SamplingDecision,
+    ZeroFill,
+    record_sampling,
+)
+from sparsight.nn.frozen_block import FrozenBlock, FrozenSampler, fold_norm, refusal
+from sparsight.nn.noise import sampling_noise
+
+
+def randomise(norm: nn.Module) -> nn.Module:
+    """Statistics and parameters that are nobody's defaults."""
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.1, 3.0)
+    if norm.weight is not None:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    return norm.eval()
+
+
+def make_block(cls=Bottleneck, layout="b", sampler=None, fill=RBFInterpolation, **options):
+    torch.manual_seed(0)
+    shortcut = nn.Sequential(nn.Conv2d(12, 8 * cls.expansion, 1), nn.BatchNorm2d(8 * cls.expansion))
+    block = cls(12, 8, downsample=shortcut, **options)
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            randomise(module)
+
+    def default(in_channels, *, stride):
+        made = Sampler(in_channels, stride=stride, bias=0.2)
+        nn.init.normal_(made.head.weight, std=0.2)
+        return made
+
+    sampler = sampler or default
+    return SampledBlock(block.eval(), layout=layout, sampler=sampler, interpolation=fill)
+
+
+def make_conv(sampler="own", fill=None, **options) -> SampledConv2d:
+    torch.manual_seed(0)
+    options = {"kernel_size": 3, "padding": 1, **options}
+    if sampler == "own":
+        sampler = Sampler(12, stride=options.get("stride", 1), bias=0.2)
+        nn.init.normal_(sampler.head.weight, std=0.2)
+    fill = fill or RBFInterpolation()
+    return SampledConv2d(12, 10, **options, sampler=sampler, interpolation=fill).eval()
+
+
+def random_decision(batch, height, width, density=0.4, seed=0) -> SamplingDecision:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(batch, 1, height, width, generator=generator) < density
+    return SamplingDecision(mask, mask.float(), None)
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+NORMS = {
+    "BatchNorm2d": lambda: randomise(nn.BatchNorm2d(6)),
+    "BatchNorm2d, other eps": lambda: randomise(nn.BatchNorm2d(6, eps=0.1)),
+    "BatchNorm2d, not affine": lambda: randomise(nn.BatchNorm2d(6, affine=False)),
+    "FrozenBatchNorm2d": lambda: randomise(FrozenBatchNorm2d(6)),
+    "Identity": nn.Identity,
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_fold_norm_equals_the_convolution_then_the_norm(name, bias, groups):
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(4, 6, 3, groups=groups, bias=bias).double(), NORMS[name]().double()
+    x = torch.randn(2, 4, 7, 5, dtype=torch.float64)
+    weight, shift = fold_norm(conv.weight, conv.bias, norm)
+    with torch.no_grad():
+        folded = nn.functional.conv2d(x, weight, shift, groups=groups)
+        torch.testing.assert_close(folded, norm(conv(x)), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_fold_norm_rounds_once(name):
+    """A float32 convolution is folded in float64: the nearest float32 to the exact value."""
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(4, 6, 3), NORMS[name]()
+    folded = fold_norm(conv.weight, conv.bias, norm)
+    exact = fold_norm(conv.weight.double(), conv.bias.double(), norm)
+    for made, truth in zip(folded, exact, strict=True):
+        assert made.dtype == torch.float32
+        assert torch.equal(made, truth.float())
+
+
+def test_fold_norm_changes_nothing_that_it_is_given():
+    conv, norm = nn.Conv2d(4, 6, 3), randomise(nn.BatchNorm2d(6))
+    before = copy.deepcopy((conv.state_dict(), norm.state_dict()))
+    weight, shift = fold_norm(conv.weight, conv.bias, nn.Identity())
+    weight.zero_(), shift.zero_()
+    fold_norm(conv.weight, conv.bias, norm)
+    for state, kept in zip((conv.state_dict(), norm.state_dict()), before, strict=True):
+        assert all(torch.equal(state[k], kept[k]) for k in kept)
+
+
+class OwnFill(nn.Module):
+    """An interpolation that the kernels cannot know."""
+
+    def forward(self, features, mask):
+        return features * mask
+
+
+class WideFill(OwnFill):
+    window = 99
+
+    def log_kernel(self):
+        return torch.zeros(99, 99)
+
+
+def with_norm(norm):
+    block = make_block()
+    block.bn2 = norm
+    return block
+
+
+def with_activation(activation):
+    block = make_block()
+    block.relu = activation
+    return block
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (make_block(), None),
+        (make_block(BasicBlock, fill=ZeroFill), None),
+        (make_conv(), None),
+        (make_conv(sampler=None), None),
+        (with_norm(nn.Identity()), None),
+        (make_block().double(), r"weights are torch.float64 and the kernels are float32"),
+        (make_conv().bfloat16(), r"weights are torch.bfloat16"),
+        (make_conv().to("meta"), r"on meta and the kernels run on the CPU"),
+        (make_conv(kernel_size=13), r"kernel \(13, 13\) has more than 128 taps"),
+        (make_conv(kernel_size=4, padding="same"), r"even kernel pads one side more"),
+        (make_conv(fill=OwnFill()), r"interpolation OwnFill has no log_kernel"),
+        (make_block(fill=OwnFill()), r"interpolation OwnFill has no log_kernel"),
+        (make_conv(fill=WideFill()), r"interpolation window exceeds"),
+        (with_norm(nn.GroupNorm(2, 8)), r"norm GroupNorm has no running statistics"),
+        (with_norm(nn.BatchNorm2d(8, track_running_stats=False)), r"BatchNorm2d has no running"),
+        (with_activation(nn.SiLU()), r"activation is SiLU and the kernels know ReLU"),
+    ],
+)
+def test_refusal_gives_the_reason_and_frozen_block_raises_it(source, reason):
+    if reason is None:
+        assert refusal(source) is None
+        FrozenBlock(source)
+        return
+    with pytest.raises(ValueError, match=rf"cannot be frozen because .*{reason}.*; keep it"):
+        FrozenBlock(source)
+
+
+@pytest.mark.parametrize("noise", ["white", "blue", "none"])
+def test_the_noise_is_the_samplers(noise):
+    sampler = Sampler(4, noise=noise, seed=7, grid_stride=None)
+    sampler.layer = 3
+    frozen = FrozenSampler(sampler.eval(), inside=True)
+    expected = sampling_noise(noise, seed=7, layer=3, batch=2, height=9, width=70)
+    assert torch.equal(frozen.noise(2, 9, 70), expected)
+    # And what the sampler itself does with it: its mask is the sign of logit plus noise.
+    logits = torch.randn(2, 1, 9, 70)
+    assert torch.equal(sampler.decide(logits).mask, logits + frozen.noise(2, 9, 70) >= 0)
+
+
+def test_the_cache_of_noise_is_bounded_and_right_after_eviction():
+    frozen = FrozenSampler(Sampler(4).eval(), inside=True)
+    sizes = [(1, 5 + i, 6) for i in range(20)]
+    first = {size: frozen.noise(*size).clone() for size in sizes}
+    assert len(frozen._noise) == 8
+    assert frozen.noise(*sizes[-1]) is frozen.noise(*sizes[-1])
+    for size in sizes:
+        assert torch.equal(frozen.noise(*size), first[size])
+    assert len(frozen._noise) == 8
+
+
+def test_the_cache_of_noise_serves_many_threads():
+    frozen = FrozenSampler(Sampler(4).eval(), inside=True)
+    sizes = [(1, 3 + i, 4) for i in range(12)]
+    expected = {size: frozen._draw(*size) for size in sizes}
+    wrong: list[object] = []
+
+    def work(start: int) -> None:
+        try:
+            for i in range(200):
+                size = sizes[(start + 5 * i) % len(sizes)]
+                if not torch.equal(frozen.noise(*size), expected[size]):
+                    wrong.append(size)
+        except Exception as error:  # a thread's error would be printed and lost
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(frozen._noise) <= 8
+
+
+@pytest.mark.parametrize("layout", ["a", "b", "c"])
+@pytest.mark.parametrize("cls", [BasicBlock, Bottleneck])
+def test_a_block_equals_its_source(cls, layout):
+    source = make_block(cls, layout)
+    frozen = FrozenBlock(source)
+    x = torch.randn(3, 12, 13, 10)
+    with torch.no_grad(), record_sampling(source) as a, record_sampling(frozen) as b:
+        assert_close(frozen(x), source(x))
+    assert [d.name for d in a.decisions] == [d.name for d in b.decisions]
+    assert all(torch.equal(d.mask, e.mask) for d, e in zip(a.decisions, b.decisions, strict=True))
+    assert 0.1 < a.decisions[0].mask.float().mean() < 0.9
+
+
+class Threshold(nn.Module):
+    """A sampler of another class than Sampler: its head stays outside the kernel."""
+
+    def forward(self, x):
+        logits = x.mean(1, keepdim=True)
+        return SamplingDecision(logits > 0, logits.sigmoid(), None)
+
+
+def test_a_sampler_of_another_class_runs_outside_the_kernel():
+    source = make_block(sampler=lambda in_channels, *, stride: Threshold())
+    frozen = FrozenBlock(source)
+    assert not any(sampler.inside for sampler in frozen.samplers)
+    x = torch.randn(2, 12, 9, 9)
+    with torch.no_grad():
+        assert_close(frozen(x), source(x))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stride": 2}, {"kernel_size": (1, 3), "padding": (0, 1), "bias": False}],
+    ids=str,
+)
+def test_a_convolution_without_a_sampler_takes_decisions(options):
+    source = make_conv(sampler=None, **options)
+    frozen = FrozenBlock(source)
+    x = torch.randn(2, 12, 11, 8)
+    height, width = nn.functional.conv2d(
+        x, source.weight, None, source.stride, source.padding
+    ).shape[2:]
+    for density in (0.0, 0.3, 1.0):
+        decision = random_decision(2, height, width, density)
+        with torch.no_grad():
+            assert_close(frozen(x, decision), source(x, decision))
+    assert frozen.samplers_named() == source.samplers_named() == []
+    assert frozen.gated_macs(0, height, width) == source.gated_macs(0, height, width)
+
+
+def test_a_convolution_without_a_sampler_asks_for_a_decision():
+    frozen = FrozenBlock(make_conv(sampler=None))
+    x = torch.randn(1, 12, 5, 5)
+    with pytest.raises(ValueError, match=r"no sampler.*pass decision=sampler\(features\)"):
+        frozen(x)
+    with pytest.raises(ValueError, match=r"\(1, 1, 5, 5\) is needed; build the mask at output"):
+        frozen(x, random_decision(1, 5, 4))
+
+
+def test_making_one_leaves_the_source_alone():
+    source = make_block(sampler=lambda in_channels, *, stride: Threshold()).train()
+    before = copy.deepcopy(source.state_dict())
+    frozen = FrozenBlock(source)
+    assert all(module.training for module in source.modules())
+    assert not any(module.training for module in frozen.modules())
+    assert all(torch.equal(value, before[key]) for key, value in source.state_dict().items())
+    shared = {id(module) for module in source.modules()} & {id(m) for m in frozen.modules()}
+    assert not shared
+
+
+def test_a_deep_copy_equals_and_owns_its_weights():
+    frozen = FrozenBlock(make_block())
+    x = torch.randn(1, 12, 9, 9)
+    expected = frozen(x)
+    other = copy.deepcopy(frozen)
+    assert torch.equal(other(x), expected)
+    other.params.zero_()
+    assert torch.equal(frozen(x), expected)
+    assert not torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize("make", [make_block, make_conv])
+def test_the_state_makes_another_one_equal(make):
+    first = make()
+    second = copy.deepcopy(first)
+    for parameter in second.parameters():
+        nn.init.normal_(parameter)
+    first, second = FrozenBlock(first), FrozenBlock(second)
+    x = torch.randn(2, 12, 9, 9)
+    assert not torch.equal(first(x), second(x))
+    second.load_state_dict(copy.deepcopy(first.state_dict()), strict=True)
+    assert torch.equal(first(x), second(x))
+
+
+def test_the_state_survives_a_file(tmp_path):
+    frozen = FrozenBlock(make_block())
+    torch.save(frozen.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert set(state) == set(frozen.state_dict())
+    assert all(torch.equal(state[key], value) for key, value in frozen.state_dict().items())
+
+
+def test_repr_says_what_was_packed():
+    block, conv = FrozenBlock(make_block(layout="c")), FrozenBlock(make_conv())
+    assert "FrozenBlock(" in repr(block)
+    assert f"layout='c', params={block.params.numel()}" in repr(block)
+    assert "(samplers): ModuleList" in repr(block)
+    assert "noise='white', grid_stride=11, seed=0, layer=0" in repr(block)
+    assert "RBFInterpolation" in repr(block)
+    assert (
+        f"12, 10, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), params={conv.params.numel()}"
+        in repr(conv)
+    )
+
+
+def test_only_eval_mode_without_gradients_exists():
+    frozen = FrozenBlock(make_block())
+    assert frozen.eval() is frozen
+    with pytest.raises(RuntimeError, match="for inference only"):
+        frozen.train()
+    with pytest.raises(RuntimeError, match="a gradient is asked for"):
+        frozen(torch.randn(1, 12, 5, 5, requires_grad=True))
+    with torch.no_grad():
+        frozen(torch.randn(1, 12, 5, 5, requires_grad=True))
+
+
+@pytest.mark.parametrize("layout", ["a", "b", "c"])
+def test_gated_macs_are_the_sources(layout):
+    source = make_block(layout=layout, stride=1)
+    frozen = FrozenBlock(source)
+    for i in range(len(source.samplers)):
+        assert frozen.gated_macs(i, 13, 10) == source.gated_macs(i, 13, 10)
