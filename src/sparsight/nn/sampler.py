@@ -68,7 +68,11 @@ class Sampler(nn.Module):
         bias: of the head; the initial probability is sigmoid(bias), 0.953 for the paper's 3.0.
         seed: of the noise at inference.
         straight_through: make the relaxed mask's value hard (0 or 1) and keep its soft gradient.
-            Default False, as published.
+            Default False, as published. With a narrow interpolation its gradients explode: where
+            the mask is exactly 0, dI/dM of a hole is 1 / (weight of the sites it sees), for
+            `RBFInterpolation` of width 3 and a nearest site at distance 2 already e^18, and the
+            kernel only bounds it at 2^80. Prefer the relaxed masks, or pass eps (1e-5) to the
+            interpolation, which bounds it at about 1 / eps.
         device: of the head.
         dtype: of the head.
 

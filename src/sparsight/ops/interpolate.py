@@ -120,8 +120,9 @@ def interpolate(
         TypeError: dtypes are not floating point (bool for the mask).
         ValueError: shapes or devices do not fit, the window is even, eps is not positive.
 
-    Cost: at most K*K MACs per channel and hole; weights below 2^-30 of the sum are skipped (float32
-    on the CPU, compiled kernel; other dtypes and devices run `ops.reference`).
+    Cost: at most K*K MACs per channel and hole. On the CPU a compiled float32 kernel runs, which
+    skips weights below 2^-30 of the sum; half precision pays for a cast to float32 and back around
+    it. float64, windows above 15 and other devices run `ops.reference`.
 
     Gradient: with respect to features, a float mask, and log_kernel.
 
