@@ -52,9 +52,10 @@ def demo(
     *,
     out: str = "sparsight-demo",
     budget: float = 0.4,
-    size: tuple[int, int] = (160, 240),
-    num_scenes: int = 160,
-    epochs: int = 6,
+    size: tuple[int, int] = (128, 192),
+    num_scenes: int = 200,
+    epochs: int = 8,
+    fine_tuning_epochs: int = 6,
     quick: bool = False,
 ) -> list[Row]:
     """Train a small network on drawn scenes, make it compute where content is, and compare.
@@ -67,9 +68,10 @@ def demo(
     Args:
         out: folder for `report.html`, `masks.png`, `result.json`, `weights.safetensors`.
         budget: share of the dense MACs the sampled network may compute, in (0, 1].
-        size: height and width of the scenes in pixels, as 160x240.
+        size: height and width of the scenes in pixels, as 128x192.
         num_scenes: training scenes.
-        epochs: passes over them, before the conversion and once more after it.
+        epochs: passes over them before the conversion.
+        fine_tuning_epochs: passes over them after it, for the sampled network and its control.
         quick: a few steps on small scenes, to prove that everything runs; scores mean nothing.
 
     Returns:
@@ -77,7 +79,7 @@ def demo(
     """
     start = time.monotonic()
     if quick:
-        size, num_scenes, epochs = (64, 96), 16, 1
+        size, num_scenes, epochs, fine_tuning_epochs = (64, 96), 16, 1, 1
     torch.manual_seed(0)
     scenes = SyntheticScenes(num_scenes, size=size, seed=1)
     held_out = SyntheticScenes(8 if quick else 32, size=size, seed=2)
@@ -97,26 +99,24 @@ def demo(
         batch_size=8,
     )
 
-    def train(network: nn.Module, described: Architecture, name: str, lr: float) -> nn.Module:
-        print(f"\n== {name}", flush=True)
+    def train(network: nn.Module, described: Architecture, name: str) -> nn.Module:
+        is_first = name == "dense"
         objective = BudgetController(budget) if described.sampling else None
+        lr = 1e-3 if is_first else 5e-4
         task = SegmentationTask(
             network, described, ignore_index=ignore_index, objective=objective, lr=lr
         )
-        replace(recipe, out=recipe.out / name.split()[0]).fit(task)
+        length = epochs if is_first else fine_tuning_epochs
+        replace(recipe, out=recipe.out / name, epochs=length).fit(task)
         return network.cpu().eval()
 
-    dense = train(build_dense(architecture), architecture, "dense network, from scratch", 1e-3)
+    print("\n== 1 of 3: the dense network, from scratch", flush=True)
+    dense = train(build_dense(architecture), architecture, "dense")
+    print(f"\n== 2 of 3: sampled, fine-tuned to {budget:.0%} of the MACs", flush=True)
     sampled_form = replace(architecture, sampling=Sampling())
-    sampled = train(
-        sparsify(dense),
-        sampled_form,
-        f"sampled network, fine-tuned to {budget:.0%} of the MACs",
-        5e-4,
-    )
-    control = train(
-        copy.deepcopy(dense), architecture, "control: the dense network, as many steps more", 5e-4
-    )
+    sampled = train(sparsify(dense), sampled_form, "sampled")
+    print("\n== 3 of 3: the dense network again, for as many steps more", flush=True)
+    control = train(copy.deepcopy(dense), architecture, "control")
 
     images = [x for x, _ in recipe.validation_batches()]
     settle_on_budget(sampled, lambda: measured_share(sampled, images), budget)
