@@ -10,7 +10,6 @@ from sparsight.train.architecture import (
     Sampling,
     build_dense,
     convert,
-    example_image,
 )
 
 SMALL = Architecture(num_classes=3, fpn_channels=8, head_channels=8, size=(32, 48))
@@ -36,7 +35,7 @@ def test_a_sampled_architecture_is_what_it_says():
     assert len(blocks) == len(samplers) == 8  # layout a: one mask a block
     assert {(s.noise, s.grid_stride) for s in samplers} == {("none", 7)}
     with torch.no_grad():
-        assert model.eval()(example_image(sampled))["out"].shape == (1, 3, 32, 48)
+        assert model.eval()(torch.zeros(1, 3, 32, 48))["out"].shape == (1, 3, 32, 48)
 
 
 def test_a_dense_architecture_is_left_alone():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from sparsight.convert import sparsify
@@ -134,8 +133,3 @@ def convert(dense: nn.Module, architecture: Architecture) -> nn.Module:
         )
 
     return sparsify(dense, layout=sampling.layout, sampler=sampler)
-
-
-def example_image(architecture: Architecture, *, batch: int = 1) -> torch.Tensor:
-    """Return zeros (batch, 3, *size): the shape this model was trained for."""
-    return torch.zeros(batch, 3, *architecture.size).to(memory_format=torch.channels_last)
