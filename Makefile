@@ -2,7 +2,7 @@
 # that needs it creates .venv and installs the package and its tools into it.
 #
 #   make demo    train, convert and freeze a small network; writes sparsight-demo/report.html
-#   make test    the test suite        PYTEST_ARGS='-k sites -x' narrows it
+#   make test    the test suite, in two processes   PYTEST_ARGS='-k sites -x' narrows it
 #   make bench   the benchmarks        BENCH_ARGS=--quick shortens them
 #   make lint    ruff, pyright, clang-format
 #   make clean   remove .venv, the build and the caches
@@ -53,7 +53,7 @@ demo: $(STAMP)
 	$(BIN)/sparsight demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not network' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not network' $(PYTEST_ARGS)
 
 bench: $(STAMP)
 	@set -e; for script in bench/*.py; do \
