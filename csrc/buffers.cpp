@@ -27,7 +27,9 @@ Pool& pool() {
   return *p;
 }
 
-void* allocate(int64_t bytes) {
+}  // namespace
+
+void* allocate_pages(int64_t bytes) {
   constexpr int64_t huge = 2 << 20;
   const int64_t alignment = bytes >= huge ? huge : 4096;
   const int64_t rounded = (bytes + alignment - 1) / alignment * alignment;
@@ -38,8 +40,6 @@ void* allocate(int64_t bytes) {
 #endif
   return memory;
 }
-
-}  // namespace
 
 void* take_buffer(int64_t bytes) {
   {
@@ -54,7 +54,7 @@ void* take_buffer(int64_t bytes) {
         return memory;
       }
   }
-  return allocate(bytes);
+  return allocate_pages(bytes);
 }
 
 void give_back_buffer(void* buffer, int64_t bytes) noexcept {

@@ -14,6 +14,9 @@ constexpr int64_t kPooledBytes = 1 << 20;
 constexpr int kPooledBuffers = 16;
 constexpr int64_t kPooledTotal = int64_t{1} << 30;
 
+// Aligned to a page, in huge pages where it is large; free with std::free. Throws std::bad_alloc.
+void* allocate_pages(int64_t bytes);
+
 void* take_buffer(int64_t bytes);  // aligned to 64 bytes; throws std::bad_alloc
 void give_back_buffer(void* buffer, int64_t bytes) noexcept;
 // Frees what the list holds; returns how many bytes that were.

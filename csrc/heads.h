@@ -18,6 +18,9 @@ static inline void head_columns(const float* const* rows, const float* packed, i
   for (int m = 0; m < MR; ++m)
     for (int v = 0; v < VECS; ++v) acc[m][v] = Vec::zero();
   for (int64_t c = 0; c < channels; ++c) {
+    // The rows of the next tile: MR short streams are too many for the hardware to follow.
+    if (c % 16 == 0)
+      for (int m = 0; m < MR; ++m) __builtin_prefetch(rows[m] + kHeadRows * channels + c);
     Vec w[VECS];
     for (int v = 0; v < VECS; ++v) w[v] = Vec::load(packed + v * Vec::lanes);
     packed += VECS * Vec::lanes;

@@ -15,6 +15,7 @@ constexpr int kMaxWindowTaps = kMaxWindow * kMaxWindow;
 constexpr float kSteepest = 1.2089258e24f;  // 2^80, as in ops/reference.py
 
 // out[0..channels) = relu?(sum_i weight[i] * rows[i] + residual)
+template <bool STREAM>
 static inline void combine_rows(const float* const* rows, const float* weights, int count,
                                 const float* residual, bool clamp, float* out, int64_t channels) {
   constexpr int step = 4 * Vec::lanes;
@@ -27,7 +28,13 @@ static inline void combine_rows(const float* const* rows, const float* weights, 
       const Vec w = Vec::set(weights[i]);
       for (int v = 0; v < 4; ++v) acc[v] = fma(w, Vec::load(rows[i] + c + v * Vec::lanes), acc[v]);
     }
-    for (int v = 0; v < 4; ++v) (clamp ? relu(acc[v]) : acc[v]).store(out + c + v * Vec::lanes);
+    for (int v = 0; v < 4; ++v) {
+      const Vec y = clamp ? relu(acc[v]) : acc[v];
+      if (STREAM)
+        y.stream(out + c + v * Vec::lanes);
+      else
+        y.store(out + c + v * Vec::lanes);
+    }
   }
   for (; c < channels; c += Vec::lanes) {
     const int n = channels - c < Vec::lanes ? (int)(channels - c) : Vec::lanes;
@@ -123,8 +130,12 @@ static void fill(const FillCall& call, int64_t begin, int64_t end) {
         rows[t] = call.values + (call.row_of ? call.row_of[q] : q) * call.values_stride;
       }
     }
-    combine_rows(rows, weights, kept, residual, call.relu, out, call.channels);
+    if (call.stream)
+      combine_rows<true>(rows, weights, kept, residual, call.relu, out, call.channels);
+    else
+      combine_rows<false>(rows, weights, kept, residual, call.relu, out, call.channels);
   }
+  if (call.stream) stream_fence();
 }
 
 // Weights of the window of p over float masks; fills taps and weights, returns how many matter.
@@ -191,8 +202,8 @@ static void soft_fill(const SoftFillCall& call, int64_t row_begin, int64_t row_e
         weights[kept] = m;
         rows[kept++] = call.features + p * call.channels;
       }
-      combine_rows(rows, weights, kept, nullptr, false, call.output + p * call.channels,
-                   call.channels);
+      combine_rows<false>(rows, weights, kept, nullptr, false, call.output + p * call.channels,
+                          call.channels);
     }
 }
 
@@ -269,8 +280,8 @@ static void soft_fill_backward_sites(const SoftFillCall& call, int64_t row_begin
         weights[kept] = m;
         rows[kept++] = call.grad + q * call.channels;
       }
-      combine_rows(rows, weights, kept, nullptr, false, call.grad_features + q * call.channels,
-                   call.channels);
+      combine_rows<false>(rows, weights, kept, nullptr, false,
+                          call.grad_features + q * call.channels, call.channels);
     }
   }
 }

@@ -85,6 +85,7 @@ struct FillCall {
   float* output;
   int64_t output_stride;
   bool relu;
+  bool stream;  // write past the caches: rows are 64-byte aligned, channels a multiple of 64
 };
 
 // Fill with a float mask (training), forward and backward; all maps are dense rows of one image.

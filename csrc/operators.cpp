@@ -9,6 +9,7 @@
 #include <limits>
 #include <new>
 
+#include "buffers.h"
 #include "pack.h"
 #include "threads.h"
 
@@ -27,10 +28,8 @@ void* Scratch::bytes(int slot, int64_t size) {
     std::free(pointers_[slot]);
     pointers_[slot] = nullptr;
     sizes_[slot] = 0;
-    const int64_t rounded = (size + 4095) / 4096 * 4096;
-    pointers_[slot] = std::aligned_alloc(4096, rounded);
-    if (!pointers_[slot]) throw std::bad_alloc();
-    sizes_[slot] = rounded;
+    pointers_[slot] = allocate_pages(size);
+    sizes_[slot] = size;
   }
   return pointers_[slot];
 }

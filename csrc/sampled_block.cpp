@@ -13,6 +13,7 @@ namespace sparsight {
 namespace {
 
 constexpr int kMaxMasks = 3;
+constexpr int64_t kStreamedBytes = 8 << 20;
 
 enum Slot {
   kZeroRow = 8,
@@ -309,6 +310,11 @@ struct Runner {
         fill.output = image_output;
         fill.output_stride = stage[kStageOut];
         fill.relu = a.spec[kReluOut];
+        // Larger than the caches near a core: written past them, it is not read for ownership
+        // first.
+        fill.stream = mask.height * mask.width * stage[kStageOut] * 4 >= kStreamedBytes &&
+                      stage[kStageOut] % 64 == 0 &&
+                      reinterpret_cast<uintptr_t>(image_output) % 64 == 0;
         parallel_ranges(threads, mask.height * mask.width,
                         [&](int64_t begin, int64_t end) { table.fill(fill, begin, end); });
         return;

@@ -46,13 +46,17 @@ static inline const float* tap_row(const ConvCall& call, SiteOrigin o, int64_t k
   return call.input + (y * g.width + x) * call.input_stride;
 }
 
-// acc += rows[0..MR) (channels) x packed (channels x 32, this half)
-template <int MR>
-static inline void accumulate(Vec (&acc)[MR][kVecs], const float* const* rows, const float* packed,
-                              int64_t channels) {
+// acc += rows[0..MR) (channels) x packed (channels x 32, this half). `next` are the rows of the
+// tile after this one, drawn towards the cache meanwhile: sites are scattered, the hardware cannot
+// guess.
+template <int MR, bool PREFETCH>
+static inline void accumulate(Vec (&acc)[MR][kVecs], const float* const* rows,
+                              const float* const* next, const float* packed, int64_t channels) {
   const float* r[MR];
   for (int m = 0; m < MR; ++m) r[m] = rows[m];
   for (int64_t c = 0; c < channels; ++c) {
+    if (PREFETCH && c % 16 == 0)
+      for (int m = 0; m < MR; ++m) __builtin_prefetch(next[m] + c);
     Vec w[kVecs];
     for (int v = 0; v < kVecs; ++v) w[v] = Vec::load(packed + v * Vec::lanes);
     packed += kPanel;
@@ -64,10 +68,10 @@ static inline void accumulate(Vec (&acc)[MR][kVecs], const float* const* rows, c
 }
 
 template <int MR>
-static inline void conv_tile(const ConvCall& call, const float* const* rows, int64_t taps,
-                             int64_t range, int64_t first_channel, const float* packed,
-                             const float* bias, int64_t column, int64_t left, const int64_t* in_row,
-                             int live) {
+static inline void conv_tile(const ConvCall& call, const float* const* rows,
+                             const float* const* next, int64_t taps, int64_t range,
+                             int64_t first_channel, const float* packed, const float* bias,
+                             int64_t column, int64_t left, const int64_t* in_row, int live) {
   Vec acc[MR][kVecs];
   for (int v = 0; v < kVecs; ++v) {
     const Vec b = bias ? Vec::load(bias + v * Vec::lanes) : Vec::zero();
@@ -76,7 +80,14 @@ static inline void conv_tile(const ConvCall& call, const float* const* rows, int
   for (int64_t t = 0; t < taps; ++t) {
     const float* shifted[MR];
     for (int m = 0; m < MR; ++m) shifted[m] = rows[t * kRows + m] + first_channel;
-    accumulate<MR>(acc, shifted, packed + t * range * kPanel, range);
+    const float* weights = packed + t * range * kPanel;
+    if (next) {
+      const float* ahead[MR];
+      for (int m = 0; m < MR; ++m) ahead[m] = next[t * kRows + m] + first_channel;
+      accumulate<MR, true>(acc, shifted, ahead, weights, range);
+    } else {
+      accumulate<MR, false>(acc, shifted, shifted, weights, range);
+    }
   }
   for (int m = 0; m < MR; ++m) {
     if (m >= live) break;
@@ -103,30 +114,31 @@ static inline void conv_tile(const ConvCall& call, const float* const* rows, int
 }
 
 static inline void dispatch_tile(int live, const ConvCall& call, const float* const* rows,
-                                 int64_t taps, int64_t range, int64_t first_channel,
-                                 const float* packed, const float* bias, int64_t column,
-                                 int64_t left, const int64_t* in_row) {
+                                 const float* const* next, int64_t taps, int64_t range,
+                                 int64_t first_channel, const float* packed, const float* bias,
+                                 int64_t column, int64_t left, const int64_t* in_row) {
 #if defined(SPARSIGHT_AVX512)
   if (live > 8)
-    return conv_tile<12>(call, rows, taps, range, first_channel, packed, bias, column, left, in_row,
-                         live);
+    return conv_tile<12>(call, rows, next, taps, range, first_channel, packed, bias, column, left,
+                         in_row, live);
   if (live > 4)
-    return conv_tile<8>(call, rows, taps, range, first_channel, packed, bias, column, left, in_row,
-                        live);
+    return conv_tile<8>(call, rows, next, taps, range, first_channel, packed, bias, column, left,
+                        in_row, live);
 #endif
 #if !defined(SPARSIGHT_AVX512) && !defined(SPARSIGHT_AVX2)
   if (live > 1)
-    return conv_tile<2>(call, rows, taps, range, first_channel, packed, bias, column, left, in_row,
-                        live);
+    return conv_tile<2>(call, rows, next, taps, range, first_channel, packed, bias, column, left,
+                        in_row, live);
 #else
   if (live > 2)
-    return conv_tile<4>(call, rows, taps, range, first_channel, packed, bias, column, left, in_row,
-                        live);
+    return conv_tile<4>(call, rows, next, taps, range, first_channel, packed, bias, column, left,
+                        in_row, live);
   if (live > 1)
-    return conv_tile<2>(call, rows, taps, range, first_channel, packed, bias, column, left, in_row,
-                        live);
+    return conv_tile<2>(call, rows, next, taps, range, first_channel, packed, bias, column, left,
+                        in_row, live);
 #endif
-  conv_tile<1>(call, rows, taps, range, first_channel, packed, bias, column, left, in_row, live);
+  conv_tile<1>(call, rows, next, taps, range, first_channel, packed, bias, column, left, in_row,
+               live);
 }
 
 // Row pointers of up to kRows sites for all taps, [tap][kRows]; missing sites repeat the last one.
@@ -214,25 +226,40 @@ static void conv_lanes(const ConvCall& call, int64_t panel_begin, int64_t panel_
   }
 }
 
+static inline int live_rows(int64_t left) {
+  return left < kRows ? (int)left : kRows;
+}
+
 static void conv(const ConvCall& call, int64_t panel_begin, int64_t panel_end, int64_t begin,
                  int64_t end) {
   if (call.kind == PackKind::lanes) return conv_lanes(call, panel_begin, panel_end, begin, end);
   const ConvGeometry& g = call.geometry;
   const int64_t taps = g.kernel_h * g.kernel_w;
-  const float* rows[kMaxTaps * kRows];
-  int64_t in_row[kRows];
+  const float* buffers[2][kMaxTaps * kRows];
+  int64_t in_rows[2][kRows];
+  int current = 0;
+  if (begin < end) gather_rows(call, begin, live_rows(end - begin), buffers[0], in_rows[0]);
   const int64_t offset = packed_offset(g, PackKind::panel, panel_begin);
   const int64_t range = g.in_channels / g.groups;
   for (int64_t tile = begin; tile < end; tile += kRows) {
-    const int live = end - tile < kRows ? (int)(end - tile) : kRows;
-    gather_rows(call, tile, live, rows, in_row);
+    const int live = live_rows(end - tile);
+    const float* const* rows = buffers[current];
+    const int64_t* in_row = in_rows[current];
+    current ^= 1;
+    const float* const* next = nullptr;
+    if (tile + kRows < end) {
+      gather_rows(call, tile + kRows, live_rows(end - tile - kRows), buffers[current],
+                  in_rows[current]);
+      next = buffers[current];
+    }
     const float* packed = call.weight + offset;
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const Panel at = panel_at(g, panel);
       const float* bias = call.bias ? call.bias + panel * kPanel : nullptr;
       for (int64_t half = 0; half < at.width; half += kColumns)
-        dispatch_tile(live, call, rows, taps, range, at.first_in, packed + half,
-                      bias ? bias + half : nullptr, at.first_out + half, at.width - half, in_row);
+        dispatch_tile(live, call, rows, half == 0 && panel == panel_begin ? next : nullptr, taps,
+                      range, at.first_in, packed + half, bias ? bias + half : nullptr,
+                      at.first_out + half, at.width - half, in_row);
       packed += taps * range * kPanel;
     }
   }
