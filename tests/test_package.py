@@ -1,10 +1,19 @@
-"""What `import sparsight` gives, and what it leaves unloaded."""
+"""What `import sparsight` gives and leaves unloaded; the README and the examples run."""
 
+import doctest
+import importlib
+import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import sparsight
+from sparsight import measure, ops
 
+ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("convert", "measure", "models", "nn", "ops")
 HEAVY = ("lightning", "matplotlib", "onnx", "onnxruntime", "torchmetrics", "torchvision", "triton")
 
@@ -44,3 +53,57 @@ def test_the_version_is_a_number():
     """The build reads it from the source; pip refuses what is no version."""
     assert all(part.isdigit() for part in sparsight.__version__.split("."))
     assert len(sparsight.__version__.split(".")) == 3
+
+
+MODULES = [
+    found.name
+    for found in pkgutil.walk_packages(sparsight.__path__, "sparsight.")
+    if not found.name.endswith("._kernels")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        sparsight.freeze,
+        sparsight.record_sampling,
+        sparsight.sampling_loss,
+        sparsight.sparsify,
+        measure.count_macs,
+        measure.measure_latency,
+        measure.profile,
+        ops.interpolate,
+        ops.sampled_conv2d,
+        ops.sites_from_mask,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_public_functions_have_an_example(function):
+    assert doctest.DocTestParser().get_examples(function.__doc__)
+
+
+def test_the_readme_runs(capsys):
+    """Its first block of Python, on a smaller image."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    assert "256, 512" in code
+    exec(code.replace("256, 512", "32, 64"), {})
+    printed = capsys.readouterr().out
+    assert "backbone.layer4.2" in printed
+    assert re.search(r"^sampled .*\d", printed, re.MULTILINE)
+
+
+def test_the_links_of_the_documents_lead_somewhere():
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    assert len(documents) > 3
+    dead = [
+        f"{document.name}: {link}"
+        for document in documents
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text())
+        if not link.startswith("http") and not (document.parent / link).exists()
+    ]
+    assert dead == []

@@ -98,6 +98,11 @@ def profile(model: nn.Module, x: Any, *, repeats: int = 5, warmup: int = 2) -> P
 
     Raises:
         ValueError: the model is in training mode, or repeats is below 1.
+
+    Example:
+        >>> conv = nn.Conv2d(3, 8, 3, padding=1).eval()
+        >>> profile(conv, torch.zeros(1, 3, 10, 10)).layers[0].macs
+        21600
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(

@@ -24,6 +24,7 @@ def torchvision_segmentation(
         ValueError: another name.
 
     Example:
+        >>> import torch
         >>> model = torchvision_segmentation("fcn_resnet50", num_classes=2).eval()
         >>> model(torch.zeros(1, 3, 32, 32))["out"].shape
         torch.Size([1, 2, 32, 32])

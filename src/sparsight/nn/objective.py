@@ -50,6 +50,17 @@ def sampling_loss(
     Gradient: to the samplers' heads, through the probabilities. Noise, grid and temperature do not
     enter, so that what runs is slightly more than E: the grid adds up to 1/grid_stride^2.
 
+    Example:
+        >>> from sparsight.nn import RBFInterpolation, SampledConv2d, Sampler, record_sampling
+        >>> layer = SampledConv2d(
+        ...     3, 8, 1, sampler=Sampler(3, bias=0.0), interpolation=RBFInterpolation()
+        ... )
+        >>> with record_sampling(layer) as record:
+        ...     features = layer(torch.randn(1, 3, 16, 16))
+        >>> loss = features.square().mean() + 0.1 * sampling_loss(record)
+        >>> sampling_loss(record).item()
+        0.5
+
     Source: Xie et al., ECCV 2020, arXiv 2003.08866, equation 7, and their code, which weighs the
     two masks of a bottleneck 0.25 and 0.75. We weigh by the multiply-adds that a decision gates,
     which is where these numbers come from, and add the budget.
