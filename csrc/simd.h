@@ -23,7 +23,9 @@ struct Vec {
   inline float sum() const { return _mm512_reduce_add_ps(v); }
 };
 // Makes streamed stores visible to whoever is told that they are done.
-static inline void stream_fence() { _mm_sfence(); }
+static inline void stream_fence() {
+  _mm_sfence();
+}
 static inline Vec fma(Vec a, Vec b, Vec c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
