@@ -100,10 +100,10 @@ class SampledConv2d(nn.Conv2d):
         sampled = cls(
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
+            (conv.kernel_size[0], conv.kernel_size[1]),
+            (conv.stride[0], conv.stride[1]),
+            conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
+            (conv.dilation[0], conv.dilation[1]),
             conv.groups,
             conv.bias is not None,
             device="meta",  # replaced below: nothing is allocated, no random number is drawn
@@ -114,7 +114,7 @@ class SampledConv2d(nn.Conv2d):
         sampled.bias = conv.bias
         return sampled.train(conv.training)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Float[Tensor, "B C H W"], decision: SamplingDecision | None = None
     ) -> Float[Tensor, "B O Ho Wo"]:
         """Convolve, and replace the holes by what their surroundings suggest.
