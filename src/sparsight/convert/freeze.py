@@ -22,8 +22,8 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
     """An inference-only copy of the model that spends time at its sampled positions only.
 
     Norms and activations are folded into the convolutions, weights are packed once, and every
-    sampled block becomes one operator call. The copy takes any batch and input size and returns what ``model.eval()``
-    returns, up to float32 rounding.
+    sampled block becomes one operator call. The copy takes any batch and input size and returns
+    what ``model.eval()`` returns, up to float32 rounding.
 
     Args:
         model: a model from :func:`sparsight.sparsify`, or a dense one (norms are folded); not
