@@ -1,149 +1,174 @@
-"""One residual block: frozen and sampled, against the same block dense.
+"""One residual block, frozen and sampled, against the same block dense.
 
-    python bench/block.py            every stage of a ResNet-50 at 512x1024, all densities
-    python bench/block.py --quick    two stages at a quarter of the size, two densities, no
-    torch.compile
+    python bench/block.py --out runs/bench/today     every stage of a ResNet-50 at 512x1024
+    python bench/block.py --quick                    tiny maps, no torch.compile: does it work?
+    python bench/block.py --dtype bfloat16           the same rows in half precision
 
-Baselines: PyTorch eager, channels-last, norms folded; torch.compile with freezing, of the same. All
-    candidates of a
-row take turns on the same input with the same number of threads. `possible` is the speed-up that
-the MACs allow, sampler heads and interpolation counted; `realised` is how much of it was reached
-against the faster baseline. Below a realised speed-up of 1 the dense block is the better choice,
-and the table says so.
+All candidates of a stage take turns in one run, on the same input, with the same number of threads:
+the dense block in OpenVINO (bound to NCHW and to channels-last maps; the faster of the two is the
+one that counts), ONNX Runtime, torch.compile with freezing and eager channels-last, and ours at
+every density. "openvino in a chain" is a quarter of the time of four such blocks in one network,
+where the conversion to OpenVINO's own layout at both ends is shared.
+
+The possible time is the larger of the dense OpenVINO time times the MAC ratio, sampler heads and
+interpolation counted, and one in-place addition of two tensors of the block's input size.
 """
 
-import argparse
 import copy
-import functools
-import math
-import shlex
-import sys
-from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
+from harness.models import (
+    STAGES,
+    block_input,
+    dense_block,
+    frozen,
+    liven_norms,
+    sampled_at,
+)
+from harness.possible import geometric_mean, possible_ms, realised_share
+from harness.rivals import (
+    as_tensors,
+    check_agrees,
+    dense_rivals,
+    exported_rivals,
+    folded,
+)
+from harness.script import (
+    Candidate,
+    Row,
+    Settings,
+    argument_parser,
+    cells,
+    compare,
+    fastest_ms,
+    publish,
+    settings_of,
+)
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models.resnet import Bottleneck
 
-import sparsight
-from sparsight.measure import count_macs, markdown_table, measure_latency, write_report
-from sparsight.nn import Sampler
+from sparsight.measure import Latency, count_macs
 
-# planes -> height and width of the map, ResNet-50 on a 512x1024 image
-STAGES = {64: (128, 256), 128: (64, 128), 256: (32, 64), 512: (16, 32)}
 DENSITIES = (1.0, 0.5, 0.3, 0.1)
+CHAIN = 4
 
 
-def dense_block(planes: int) -> Bottleneck:
-    """A bottleneck without shortcut convolution, with statistics that keep its output in range."""
-    torch.manual_seed(0)
-    block = Bottleneck(4 * planes, planes).eval()
-    for module in block.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.normal_(module.bias, std=0.1)
-    return block.to(memory_format=torch.channels_last)
+def ours_at(block: nn.Module, density: float, x: Tensor, settings: Settings) -> nn.Module | str:
+    """The frozen block, checked against the converted one in float32."""
+    source = sampled_at(block, density)
+    made = frozen(source, x, settings.dtype)
+    if not isinstance(made, str):
+        with torch.inference_mode():
+            check_agrees(
+                f"ours at {density}", as_tensors(made(x)), as_tensors(source(x)), settings.dtype
+            )
+    return made
 
 
-def folded(block: Bottleneck) -> nn.Module:
-    """The block with its norms folded into the convolutions: what a careful user of eager runs."""
-    fused = copy.deepcopy(block)
-    for index in "123":
-        conv, norm = getattr(fused, f"conv{index}"), getattr(fused, f"bn{index}")
-        setattr(fused, f"conv{index}", fuse_conv_bn_eval(conv, norm))
-        setattr(fused, f"bn{index}", nn.Identity())
-    return fused.to(memory_format=torch.channels_last)
+def chain_rival(block: nn.Module, x: Tensor, settings: Settings) -> Candidate:
+    """Several copies of the block in one OpenVINO network."""
+    chain = nn.Sequential(*(copy.deepcopy(block) for _ in range(CHAIN)))
+    liven_norms(chain)
+    with torch.inference_mode():
+        truth = as_tensors(chain(x))
+    return exported_rivals(folded(chain), x, settings, truth, names=("openvino",))["openvino"]
 
 
-def compiled(block: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The block in torch.compile with freezing, which packs the weights once."""
-    import torch._inductor.config as inductor
-
-    inductor.freezing = True
-    torch._dynamo.reset()
-    return torch.compile(block)
+def addition(x: Tensor, dtype: torch.dtype) -> Candidate:
+    """What any residual block must move: read two maps of the input's size and write one."""
+    left, right = x.to(dtype, copy=True), torch.full_like(x, 1e-6, dtype=dtype)
+    return lambda _: left.add_(right)
 
 
-def sampled(block: Bottleneck, density: float) -> nn.Module:
-    """The block with samplers that keep a position with probability `density`; no grid."""
-    bias = 30.0 if density == 1 else math.log(density / (1 - density))
-    sampler = functools.partial(Sampler, bias=bias, grid_stride=None)
-    return sparsight.sparsify(nn.Sequential(copy.deepcopy(block)), sampler=sampler).eval()
+def stage_rows(
+    planes: int, size: tuple[int, int], densities: tuple[float, ...], settings: Settings
+) -> list[Row]:
+    """All densities of one stage, measured in one run."""
+    block, x = dense_block(planes), block_input(planes, size)
+    candidates = dense_rivals(block, x, settings)
+    chained = "left out by --quick" if settings.quick else chain_rival(block, x, settings)
+    candidates[f"{CHAIN} in a chain"] = chained
+    candidates["addition"] = addition(x, settings.dtype)
+    ours = {density: ours_at(block, density, x, settings) for density in densities}
+    candidates |= {f"ours at {density}": made for density, made in ours.items()}
+    times = compare(settings, candidates, x)
+    return [
+        block_row(planes, size, density, made, x, times, settings)
+        for density, made in ours.items()
+    ]
 
 
-def measure_row(
-    planes: int, size: tuple[int, int], density: float, args: argparse.Namespace
-) -> dict[str, float | int | str]:
-    block = dense_block(planes)
-    torch.manual_seed(1)
-    x = torch.randn(1, 4 * planes, *size).relu().to(memory_format=torch.channels_last)
-    frozen = sparsight.freeze(sampled(block, density), example=x)
-    candidates: dict[str, Callable[[Tensor], Tensor]] = {"eager": folded(block)}
-    if not args.quick:
-        candidates["compile"] = compiled(folded(block))
-    candidates["ours"] = frozen
-    times = measure_latency(
-        candidates, x, repeats=args.repeats, warmup=args.warmup, min_time_s=args.min_time_s
-    )
-    counted = count_macs(frozen, x)
-    gated = [row for row in counted.layers if row.positions and row.dense]
-    best = min(row.latency_ms for row in times.rows if row.name != "ours")
-    ours = times["ours"]
-    row: dict[str, float | int | str] = {
+def block_row(
+    planes: int,
+    size: tuple[int, int],
+    density: float,
+    made: nn.Module | str,
+    x: Tensor,
+    times: dict[str, Latency | str],
+    settings: Settings,
+) -> Row:
+    """One line of the table."""
+    row: Row = {
         "planes": planes,
         "map": f"{size[0]}x{size[1]}",
+        "dtype": settings.dtype_name,
         "asked density": density,
-        "density": sum(r.total for r in gated) / sum(r.dense for r in gated),
-        "MAC ratio": counted.ratio,
-        "n": ours.num_samples,
     }
-    for latency in times.rows:
-        row[f"{latency.name} ms"] = latency.latency_ms
-        row[f"{latency.name} IQR ms"] = latency.iqr_ms
-    row["speed-up"] = best / ours.latency_ms
-    row["possible"] = 1 / counted.ratio
-    row["realised"] = row["speed-up"] * counted.ratio
+    latency = times[f"ours at {density}"]
+    if isinstance(made, str) or isinstance(latency, str):
+        return {**row, "ours ms": made}
+    counted = count_macs(made, x)
+    gated = [layer for layer in counted.layers if layer.positions and layer.dense]
+    row["density"] = sum(layer.total for layer in gated) / sum(layer.dense for layer in gated)
+    row["MMACs"], row["MAC ratio"] = counted.total / 1e6, counted.ratio
+    row["n"] = latency.num_samples
+    for name in ("openvino", "openvino nhwc", "onnxruntime", "compile", "eager", "addition"):
+        row |= cells(name, times[name])
+    row |= cells("ours", latency)
+    dense_ms = fastest_ms(times, "openvino", "openvino nhwc")
+    added_ms = fastest_ms(times, "addition")
+    if dense_ms is None or added_ms is None:
+        row["possible ms"] = "needs openvino"
+        return row
+    possible = possible_ms(dense_ms, counted.ratio, added_ms)
+    row["possible ms"] = possible
+    row["possible speed-up"] = dense_ms / possible
+    row["speed-up"] = dense_ms / latency.latency_ms
+    row["realised/possible"] = realised_share(dense_ms, latency.latency_ms, possible)
+    chained = times[f"{CHAIN} in a chain"]
+    if isinstance(chained, str):
+        row["openvino in a chain ms"] = chained
+    else:
+        chain_ms = chained.latency_ms / CHAIN
+        row["openvino in a chain ms"] = chain_ms
+        row["realised/possible in a chain"] = realised_share(
+            chain_ms, latency.latency_ms, possible_ms(chain_ms, counted.ratio, added_ms)
+        )
     return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="small maps, few samples")
-    parser.add_argument("--repeats", type=int, help="samples of each candidate at least")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="stem of the report; default: below runs/bench")
-    args = parser.parse_args()
-    args.repeats = args.repeats or (3 if args.quick else 30)
-    args.warmup, args.min_time_s = (1, 0.0) if args.quick else (5, 0.3)
-    torch.set_num_threads(args.threads)
-
-    shrink = 4 if args.quick else 1
-    planes = (64, 256) if args.quick else tuple(STAGES)
-    densities = (1.0, 0.3) if args.quick else DENSITIES
+    """Measure every stage."""
+    settings = settings_of(argument_parser(__doc__).parse_args(), repeats=30)
+    shrink = 8 if settings.quick else 1
+    densities = (1.0, 0.3) if settings.quick else DENSITIES
     rows = []
-    for plane in planes:
-        size = STAGES[plane][0] // shrink, STAGES[plane][1] // shrink
-        for density in densities:
-            rows.append(measure_row(plane, size, density, args))
-    print(markdown_table(rows))
-    now = datetime.now(UTC).strftime("%Y-%m-%d-%H%M%S")
-    stem = args.out or Path("runs") / "bench" / f"{now}-block"
-    _, page = write_report(
-        stem,
+    for planes in (64, 128) if settings.quick else STAGES:
+        size = STAGES[planes][0] // shrink, STAGES[planes][1] // shrink
+        rows += stage_rows(planes, size, densities, settings)
+    for column in ("realised/possible", "realised/possible in a chain"):
+        shares = [row[column] for row in rows if column in row]
+        if shares:
+            print(f"{column}: geometric mean {geometric_mean(shares):.3f}, worst {min(shares):.3f}")
+    publish(
+        settings,
+        "block",
         rows,
         title="A residual block: frozen and sampled against dense",
-        command=f"python bench/block.py {shlex.join(sys.argv[1:])}".strip(),
         notes=(
-            "MACs of the block, sampler heads and interpolation included. `speed-up` is against "
-            "the faster of the dense candidates; `realised` is `speed-up` over `possible`. "
-            "Batch 1, float32."
+            "MACs of the block, sampler heads and interpolation included. Batch 1, white noise, no "
+            "grid. Speed-ups are against the faster of the two OpenVINO columns."
         ),
     )
-    print(f"written: {page}")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,16 @@ def test_min_time_goes_on_until_every_candidate_had_it(clock):
     assert [row.num_samples for row in comparison.rows] == [10, 10]
 
 
+def test_lead_in_calls_precede_every_sample_and_are_not_counted(clock):
+    calls = []
+    # Warm-up, then twice: two lead-in calls and the sample.
+    candidate = clock.candidate("A", calls, [9.0, 9.0, 9.0, 1.0, 9.0, 9.0, 3.0])
+    comparison = measure_latency({"A": candidate}, repeats=2, warmup=1, lead_in=2)
+    assert len(calls) == 7
+    assert comparison["A"].num_samples == 2
+    assert comparison["A"].latency_ms == pytest.approx(2)
+
+
 def test_a_single_callable(clock):
     def candidate():
         clock.now += 0.001
@@ -80,7 +90,7 @@ def test_a_single_callable(clock):
 
 @pytest.mark.parametrize(
     ("candidates", "options"),
-    [({}, {}), ({"a": print}, {"repeats": 0}), ({"a": print}, {"warmup": -1})],
+    [({}, {}), ({"a": print}, {"repeats": 0}), ({"a": print}, {"warmup": -1}), ({"a": print}, {"lead_in": -1})],
 )
 def test_nothing_to_measure_is_refused(candidates, options):
     with pytest.raises(ValueError, match=r"measure_latency: got .* required; name what to measure"):

@@ -28,8 +28,9 @@ def environment() -> dict[str, str]:
     Returns:
         Text by name: CPU model, its instruction sets among those that matter, logical cores and how
         many of them this process may use, torch's threads, memory, GPU, versions of the operating
-        system, Python, torch, torchvision and sparsight, and the git commit ("-dirty" if a tracked
-        file differs) where sparsight runs from a checkout.
+        system, Python, torch, torchvision, sparsight and, where they are installed, openvino and
+        onnxruntime, and the git commit ("-dirty" if a tracked file differs) where sparsight runs
+        from a checkout.
 
     Example:
         >>> environment()["torch"] == torch.__version__
@@ -48,6 +49,8 @@ def environment() -> dict[str, str]:
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": _version("torchvision"),
+        "openvino": _version("openvino"),
+        "onnxruntime": _version("onnxruntime"),
         "sparsight": _version("sparsight"),
         "commit": _commit(Path(__file__).resolve()),
     }

@@ -73,6 +73,7 @@ def measure_latency(
     repeats: int = 20,
     warmup: int = 3,
     min_time_s: float = 0.0,
+    lead_in: int = 0,
 ) -> LatencyComparison:
     """Compare the wall time of callables on the same arguments.
 
@@ -88,12 +89,16 @@ def measure_latency(
         repeats: rounds at least, one sample of each candidate a round. Default 20.
         warmup: rounds thrown away beforehand: compilation, packing, caches. Default 3.
         min_time_s: go on until this many seconds were measured for every candidate. Default 0.
+        lead_in: calls of a candidate right before each of its samples, not measured. Default 0. Use
+            1 where candidates bring their own threads: those of one may spin for milliseconds after
+            it returned, on the cores that the next one needs.
 
     Returns:
         Median, inter-quartile range and number of samples of each, and its ratio to the first.
 
     Raises:
-        ValueError: no candidate, less than one repeat, or a module in training mode.
+        ValueError: no candidate, less than one repeat, negative warm-up or lead-in, or a module in
+            training mode.
 
     Example:
         >>> x = torch.zeros(8)
@@ -104,11 +109,11 @@ def measure_latency(
     if not isinstance(candidates, Mapping):
         name = getattr(candidates, "__name__", type(candidates).__name__)
         candidates = {name: candidates}
-    if not candidates or repeats < 1 or warmup < 0:
+    if not candidates or repeats < 1 or warmup < 0 or lead_in < 0:
         raise ValueError(
-            f"measure_latency: got {len(candidates)} candidates, repeats={repeats} and "
-            f"warmup={warmup}; at least one candidate, one repeat and no negative warm-up are "
-            "required; name what to measure, the baseline first."
+            f"measure_latency: got {len(candidates)} candidates, repeats={repeats}, "
+            f"warmup={warmup} and lead_in={lead_in}; at least one candidate, one repeat and no "
+            "negative warm-up or lead-in are required; name what to measure, the baseline first."
         )
     for name, candidate in candidates.items():
         if isinstance(candidate, nn.Module):
@@ -120,6 +125,8 @@ def measure_latency(
             for candidate in candidates.values():
                 _sample_ms(candidate, args, device)
         for name in _turns(samples, repeats, min_time_s):
+            for _ in range(lead_in):
+                _sample_ms(candidates[name], args, device)
             samples[name].append(_sample_ms(candidates[name], args, device))
     first = statistics.median(next(iter(samples.values())))
     rows = [_row(name, times_ms, first) for name, times_ms in samples.items()]
