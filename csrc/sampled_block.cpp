@@ -13,7 +13,7 @@ namespace sparsight {
 namespace {
 
 constexpr int kMaxMasks = 3;
-constexpr int64_t kStreamedBytes = 8 << 20;
+constexpr int64_t kStreamedBytes = 16 << 20;
 
 enum Slot {
   kZeroRow = 8,
