@@ -355,3 +355,20 @@ def test_a_dense_model_freezes_too() -> None:
     assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
     with torch.no_grad():
         assert relative_error(frozen(x), model(x)) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
+def test_a_whole_frozen_network_is_the_same_in_one_thread_and_two(name) -> None:
+    source = randomise_norms(getattr(torchvision.models, name)(weights=None))
+    source.fc = nn.Identity()  # torch's own matrix product makes no such promise
+    x = torch.randn(2, 3, 65, 97)
+    frozen = sparsight.freeze(
+        sparsight.sparsify(source, sampler=partial(Sampler, bias=0.0)).eval(), example=x
+    )
+    results = []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        results.append(frozen(x))
+    torch.set_num_threads(1)
+    assert torch.equal(results[0], results[1])
