@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "buffers.h"
+#include "deform_conv.h"
 #include "kernels.h"
 #include "operators.h"
 #include "pack.h"
@@ -76,6 +77,29 @@ void sampled_conv(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t index
     call.sites = ptr<const int32_t>(index) + image * out_positions;
     run_conv(table, call, ptr<const int32_t>(count)[image], num_threads);
   }
+}
+
+void sampled_deform_conv(uintptr_t x, uintptr_t offset, uintptr_t modulation, uintptr_t weight,
+                         uintptr_t bias, uintptr_t index, uintptr_t count, uintptr_t residual,
+                         uintptr_t output, int64_t batch, std::vector<int64_t> geometry,
+                         int64_t offset_groups, bool relu, const std::string& isa,
+                         int num_threads) {
+  const KernelTable& table = require(isa);
+  const DeformArrays arrays{geometry_of(geometry),
+                            batch,
+                            offset_groups,
+                            ptr<const float>(x),
+                            ptr<const float>(offset),
+                            ptr<const float>(modulation),
+                            ptr<const float>(weight),
+                            ptr<const float>(bias),
+                            ptr<const int32_t>(index),
+                            ptr<const int32_t>(count),
+                            ptr<const float>(residual),
+                            ptr<float>(output),
+                            relu};
+  nb::gil_scoped_release release;
+  deform_conv(table, arrays, num_threads);
 }
 
 int64_t sampled_block(uintptr_t x, uintptr_t shortcut, std::vector<uintptr_t> noise,
@@ -181,6 +205,7 @@ NB_MODULE(_kernels, m) {
         std::vector<float>(t.ratio, t.ratio + (t.num_levels + 1) * window * window));
   });
   m.def("sampled_conv", &sampled_conv);
+  m.def("sampled_deform_conv", &sampled_deform_conv);
   m.def("hard_fill", [](uintptr_t features, uintptr_t mask, uintptr_t log_kernel, int64_t batch,
                         int64_t height, int64_t width, int64_t channels, int64_t window, float eps,
                         uintptr_t output, const std::string& isa, int num_threads) {

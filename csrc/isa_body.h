@@ -11,6 +11,7 @@ namespace SPARSIGHT_ISA {
 
 #include "simd.h"
 #include "sampled_conv.h"
+#include "bilinear_gather.h"
 #include "interpolate.h"
 #include "heads.h"
 
@@ -18,7 +19,14 @@ namespace SPARSIGHT_ISA {
 #define SPARSIGHT_STRING(x) SPARSIGHT_STRING_(x)
 
 static const KernelTable table = {
-    SPARSIGHT_STRING(SPARSIGHT_ISA), conv, kRows, heads, fill, soft_fill, soft_fill_backward_rows,
+    SPARSIGHT_STRING(SPARSIGHT_ISA),
+    conv,
+    kRows,
+    gather,
+    heads,
+    fill,
+    soft_fill,
+    soft_fill_backward_rows,
     soft_fill_backward_sites,
 };
 

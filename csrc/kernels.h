@@ -32,7 +32,7 @@ struct ConvCall {
   PackKind kind;
   const float* input;  // row of pixel i at input + i * input_stride
   int64_t input_stride;
-  bool compact_input;     // 1x1 only: row of the i-th site, not of its position
+  bool compact_input;     // the row of tap t of the i-th site is row i * taps + t of the input
   const float* zero_row;  // in_channels zeros, read where a tap falls outside the map
   const int32_t* sites;   // flat output positions; null means all positions in order
   const float* weight;    // packed, see pack.h
@@ -43,6 +43,23 @@ struct ConvCall {
   int64_t output_stride;
   bool compact_output;  // write the i-th row, not the row of its position
   bool relu;
+};
+
+// Rows of a deformable convolution at a list of sites of one image, mixed for `conv` to read as
+// compact input; see bilinear_gather.h.
+struct GatherCall {
+  ConvGeometry geometry;
+  int64_t offset_groups;
+  const float* input;  // row of pixel i at input + i * input_stride
+  int64_t input_stride;
+  const float* zero_row;  // in_channels zeros
+  const int32_t* sites;
+  const float* offset;  // row of a position: [offset group][tap][y, x]
+  int64_t offset_stride;
+  const float* modulation;  // row of a position: [offset group][tap], or null
+  int64_t modulation_stride;
+  bool compact_offset;  // offset and modulation: the row of the i-th site, not of its position
+  float* output;        // [site][tap][in_channels]
 };
 
 // The heads of a block over the rows of one image; see heads.h.
@@ -113,6 +130,7 @@ struct KernelTable {
   void (*conv)(const ConvCall&, int64_t panel_begin, int64_t panel_end, int64_t site_begin,
                int64_t site_end);
   int64_t conv_tile;  // sites per register tile
+  void (*gather)(const GatherCall&, int64_t begin, int64_t end);
   void (*heads)(const HeadCall&, int64_t begin, int64_t end);
   void (*fill)(const FillCall&, int64_t begin, int64_t end);
   void (*soft_fill)(const SoftFillCall&, int64_t row_begin, int64_t row_end);

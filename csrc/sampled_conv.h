@@ -149,7 +149,8 @@ static inline void gather_rows(const ConvCall& call, int64_t begin, int live, co
     const int64_t i = begin + (m < live ? m : live - 1);
     in_row[m] = i;
     if (call.compact_input) {
-      rows[m] = call.input + i * call.input_stride;
+      for (int64_t t = 0; t < g.kernel_h * g.kernel_w; ++t)
+        rows[t * kRows + m] = call.input + (i * g.kernel_h * g.kernel_w + t) * call.input_stride;
       continue;
     }
     const SiteOrigin o = origin_of(g, site_at(call, i));
