@@ -104,7 +104,7 @@ def multiply_adds(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: A
 
 
 def _sparsight_operator(name: str, given: dict[str, Any], out: Any) -> int:
-    if name == "sampled_conv2d":
+    if name in ("sampled_conv2d", "sampled_deform_conv2d"):
         sites = int(given["count"].sum())
         return sites * prod(given["weight"].shape)
     if name == "interpolate":

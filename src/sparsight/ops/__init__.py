@@ -7,7 +7,15 @@ May import torch, the compiled kernels and (lazily) triton; nothing else of spar
 
 from sparsight.ops import reference
 from sparsight.ops.conv import sampled_conv2d
+from sparsight.ops.deform import sampled_deform_conv2d
 from sparsight.ops.interpolate import interpolate
 from sparsight.ops.sites import Sites, sites_from_mask
 
-__all__ = ["Sites", "interpolate", "reference", "sampled_conv2d", "sites_from_mask"]
+__all__ = [
+    "Sites",
+    "interpolate",
+    "reference",
+    "sampled_conv2d",
+    "sampled_deform_conv2d",
+    "sites_from_mask",
+]

@@ -12,12 +12,14 @@ from sparsight.ops.sites import Sites
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def pair(value: int | tuple[int, int], *, name: str, minimum: int) -> tuple[int, int]:
+def pair(
+    value: int | tuple[int, int], *, name: str, minimum: int, caller: str = "sampled_conv2d"
+) -> tuple[int, int]:
     """A vertical and a horizontal integer, checked."""
     both = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(both) != 2 or any(not isinstance(v, int) or v < minimum for v in both):
         raise ValueError(
-            f"sampled_conv2d: {name} is {value!r}; an integer >= {minimum} or two of them are "
+            f"{caller}: {name} is {value!r}; an integer >= {minimum} or two of them are "
             "needed: pass what torch.nn.Conv2d takes."
         )
     return both
@@ -36,6 +38,105 @@ def output_size(
         for size, k, s, p, d in zip(input_size, kernel, stride, padding, dilation, strict=True)
     )
     return height, width
+
+
+def check_convolution(
+    caller: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    sites: Sites,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int | None,
+    residual: Tensor | None,
+    activation: str,
+    **others: Tensor | None,
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Raise unless the arguments of a convolution at sites fit; its three pairs and output size.
+
+    `groups` None is taken from the channels; `others` are tensors of the dtype and device of `x`.
+    """
+    if x.ndim != 4:
+        raise ValueError(
+            f"{caller}: x has shape {tuple(x.shape)}; (B, C, H, W) is needed: add the batch "
+            "dimension with x.unsqueeze(0)."
+        )
+    if weight.ndim != 4:
+        raise ValueError(
+            f"{caller}: weight has shape {tuple(weight.shape)}; (O, C/groups, kh, kw) is "
+            "needed: pass the weight of a torch.nn.Conv2d."
+        )
+    if x.dtype not in _FLOATS:
+        raise TypeError(
+            f"{caller}: x has dtype {x.dtype}; a floating-point dtype is needed: call x.float()."
+        )
+    for name, tensor in {"weight": weight, "bias": bias, "residual": residual, **others}.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(
+                f"{caller}: {name} has dtype {tensor.dtype} but x has {x.dtype}; one dtype "
+                f"is needed: convert with {name}.to(x.dtype)."
+            )
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"{caller}: {name} is on {tensor.device} but x is on {x.device}; one device "
+                f"is needed: move it with {name}.to(x.device)."
+            )
+    if sites.index.device != x.device:
+        raise ValueError(
+            f"{caller}: sites are on {sites.index.device} but x is on {x.device}; one device "
+            "is needed: build them from a mask on x.device."
+        )
+    step = pair(stride, name="stride", minimum=1, caller=caller)
+    pad = pair(padding, name="padding", minimum=0, caller=caller)
+    dilate = pair(dilation, name="dilation", minimum=1, caller=caller)
+    if groups is None:
+        groups = max(1, x.shape[1] // max(1, weight.shape[1]))
+    if groups < 1 or weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"{caller}: x has {x.shape[1]} channels, weight has shape {tuple(weight.shape)} "
+            f"and groups is {groups}; x needs weight.shape[1] * groups = "
+            f"{weight.shape[1] * groups} channels and groups must divide the "
+            "output channels: check in_channels and groups."
+        )
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(
+            f"{caller}: bias has shape {tuple(bias.shape)}; ({weight.shape[0]},) is needed: "
+            "one value per output channel."
+        )
+    size = output_size(
+        (x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]), step, pad, dilate
+    )
+    if min(size) < 1:
+        raise ValueError(
+            f"{caller}: a {weight.shape[2]}x{weight.shape[3]} kernel with padding {pad} and "
+            f"dilation {dilate} does not fit a {x.shape[2]}x{x.shape[3]} input; an output of at "
+            "least 1x1 is needed: use a larger input or more padding."
+        )
+    if (sites.height, sites.width) != size:
+        raise ValueError(
+            f"{caller}: sites describe a {sites.height}x{sites.width} grid but stride {step} "
+            f"on a {x.shape[2]}x{x.shape[3]} input yields {size[0]}x{size[1]}; build the mask at "
+            "output resolution."
+        )
+    if sites.index.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"{caller}: sites are for {sites.index.shape[0]} images but x has {x.shape[0]}; "
+            "one mask per image is needed: expand the mask over the batch."
+        )
+    if residual is not None and residual.shape != (x.shape[0], weight.shape[0], *size):
+        raise ValueError(
+            f"{caller}: residual has shape {tuple(residual.shape)}; "
+            f"{(x.shape[0], weight.shape[0], *size)} is needed: the shape of the output."
+        )
+    if activation not in ("none", "relu"):
+        raise ValueError(
+            f"{caller}: activation is {activation!r}; 'none' or 'relu' is needed: apply "
+            "other activations to the result."
+        )
+    return step, pad, dilate, size
 
 
 LIBRARY.define("sites_from_mask(Tensor mask) -> (Tensor, Tensor)")
@@ -252,82 +353,19 @@ def sampled_conv2d(
     Source: the operation of Xie et al., ECCV 2020 (arXiv 2003.08866), section 3; the indirect GEMM
     is Dukhan, 2019 (arXiv 1907.02129).
     """
-    if x.ndim != 4:
-        raise ValueError(
-            f"sampled_conv2d: x has shape {tuple(x.shape)}; (B, C, H, W) is needed: add the batch "
-            "dimension with x.unsqueeze(0)."
-        )
-    if weight.ndim != 4:
-        raise ValueError(
-            f"sampled_conv2d: weight has shape {tuple(weight.shape)}; (O, C/groups, kh, kw) is "
-            "needed: pass the weight of a torch.nn.Conv2d."
-        )
-    if x.dtype not in _FLOATS:
-        raise TypeError(
-            f"sampled_conv2d: x has dtype {x.dtype}; a floating-point dtype is needed: "
-            "call x.float()."
-        )
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(
-                f"sampled_conv2d: {name} has dtype {tensor.dtype} but x has {x.dtype}; one dtype "
-                f"is needed: convert with {name}.to(x.dtype)."
-            )
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"sampled_conv2d: {name} is on {tensor.device} but x is on {x.device}; one device "
-                f"is needed: move it with {name}.to(x.device)."
-            )
-    if sites.index.device != x.device:
-        raise ValueError(
-            f"sampled_conv2d: sites are on {sites.index.device} but x is on {x.device}; one device "
-            "is needed: build them from a mask on x.device."
-        )
-    step = pair(stride, name="stride", minimum=1)
-    pad = pair(padding, name="padding", minimum=0)
-    dilate = pair(dilation, name="dilation", minimum=1)
-    if groups < 1 or weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
-        raise ValueError(
-            f"sampled_conv2d: x has {x.shape[1]} channels, weight has shape {tuple(weight.shape)} "
-            f"and groups is {groups}; x needs weight.shape[1] * groups = "
-            f"{weight.shape[1] * groups} channels and groups must divide the "
-            "output channels: check in_channels and groups."
-        )
-    if bias is not None and bias.shape != (weight.shape[0],):
-        raise ValueError(
-            f"sampled_conv2d: bias has shape {tuple(bias.shape)}; ({weight.shape[0]},) is needed: "
-            "one value per output channel."
-        )
-    size = output_size(
-        (x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]), step, pad, dilate
+    step, pad, dilate, size = check_convolution(
+        "sampled_conv2d",
+        x,
+        weight,
+        bias,
+        sites=sites,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        residual=residual,
+        activation=activation,
     )
-    if min(size) < 1:
-        raise ValueError(
-            f"sampled_conv2d: a {weight.shape[2]}x{weight.shape[3]} kernel with padding {pad} and "
-            f"dilation {dilate} does not fit a {x.shape[2]}x{x.shape[3]} input; an output of at "
-            "least 1x1 is needed: use a larger input or more padding."
-        )
-    if (sites.height, sites.width) != size:
-        raise ValueError(
-            f"sampled_conv2d: sites describe a {sites.height}x{sites.width} grid but stride {step} "
-            f"on a {x.shape[2]}x{x.shape[3]} input yields {size[0]}x{size[1]}; build the mask at "
-            "output resolution."
-        )
-    if sites.index.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"sampled_conv2d: sites are for {sites.index.shape[0]} images but x has {x.shape[0]}; "
-            "one mask per image is needed: expand the mask over the batch."
-        )
-    if residual is not None and residual.shape != (x.shape[0], weight.shape[0], *size):
-        raise ValueError(
-            f"sampled_conv2d: residual has shape {tuple(residual.shape)}; "
-            f"{(x.shape[0], weight.shape[0], *size)} is needed: the shape of the output."
-        )
-    if activation not in ("none", "relu"):
-        raise ValueError(
-            f"sampled_conv2d: activation is {activation!r}; 'none' or 'relu' is needed: apply "
-            "other activations to the result."
-        )
     return torch.ops.sparsight.sampled_conv2d(
         x,
         weight,
