@@ -17,6 +17,8 @@ interpolation counted, and one in-place addition of two tensors of the block's i
 import copy
 
 import torch
+from torch import Tensor, nn
+
 from harness.models import (
     STAGES,
     block_input,
@@ -44,8 +46,6 @@ from harness.script import (
     publish,
     settings_of,
 )
-from torch import Tensor, nn
-
 from sparsight.measure import Latency, count_macs
 
 DENSITIES = (1.0, 0.5, 0.3, 0.1)
@@ -92,8 +92,7 @@ def stage_rows(
     candidates |= {f"ours at {density}": made for density, made in ours.items()}
     times = compare(settings, candidates, x)
     return [
-        block_row(planes, size, density, made, x, times, settings)
-        for density, made in ours.items()
+        block_row(planes, size, density, made, x, times, settings) for density, made in ours.items()
     ]
 
 

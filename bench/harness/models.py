@@ -43,9 +43,7 @@ def block_input(planes: int, size: tuple[int, int]) -> Tensor:
 def resnet(layers: tuple[int, int, int, int] = (3, 4, 6, 3), dilate: bool = False) -> ResNet:
     """A ResNet of bottlenecks, ResNet-50 by default; `dilate` the last two stages as FCN does."""
     torch.manual_seed(0)
-    made = ResNet(
-        Bottleneck, list(layers), replace_stride_with_dilation=[False, dilate, dilate]
-    )
+    made = ResNet(Bottleneck, list(layers), replace_stride_with_dilation=[False, dilate, dilate])
     liven_norms(made)
     return made
 

@@ -5,6 +5,7 @@ and interpolation counted), and the time of one in-place addition of two tensors
 input size, which is what any residual block must move.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -67,7 +68,7 @@ def crossover_density(
     if ours_ms[0] >= dense_ms:
         return 0.0
     points = list(zip(densities, ours_ms, strict=True))
-    for (low, low_ms), (high, high_ms) in zip(points, points[1:], strict=False):
+    for (low, low_ms), (high, high_ms) in itertools.pairwise(points):
         if high_ms >= dense_ms:
             return low + (high - low) * (dense_ms - low_ms) / (high_ms - low_ms)
     return math.inf
@@ -78,16 +79,13 @@ def share_ratio(part_ms: float, whole_ms: float, part_macs: int, whole_macs: int
     return (part_ms / whole_ms) / (part_macs / whole_macs)
 
 
-def bound_ms(
-    macs: float, moved_bytes: float, peak_gmacs: float, bandwidth_gb: float
-) -> tuple[float, str]:
-    """The roofline's time for a piece of work, and which roof it is, "compute" or "memory".
+def bound_ms(macs: float, addition_ms: float, peak_gmacs: float) -> tuple[float, str]:
+    """The roofline's time of a block, and which roof that is, "compute" or "memory".
 
     Args:
         macs: multiply-adds.
-        moved_bytes: bytes that must cross the memory bus at least.
+        addition_ms: of the in-place addition of two maps of the block's input size.
         peak_gmacs: measured, in 1e9 multiply-adds a second.
-        bandwidth_gb: measured, in 1e9 bytes a second.
     """
-    compute_ms, memory_ms = macs / peak_gmacs / 1e6, moved_bytes / bandwidth_gb / 1e6
-    return max((compute_ms, "compute"), (memory_ms, "memory"))
+    compute_ms = macs / peak_gmacs / 1e6
+    return (addition_ms, "memory") if addition_ms > compute_ms else (compute_ms, "compute")

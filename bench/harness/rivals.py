@@ -8,10 +8,12 @@ must return what the source returns, or there is no benchmark.
 import contextlib
 import copy
 import io
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -29,7 +31,7 @@ def folded(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for parent in model.modules():
         children = list(parent.named_children())
-        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
+        for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, NORMS):
                 # The two kinds of norm hold the same statistics under the same names.
                 fused = fuse_conv_bn_eval(conv, norm)  # pyright: ignore[reportArgumentType]
@@ -120,14 +122,12 @@ class OnnxRuntime:
         options.intra_op_num_threads = settings.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self.session = ort.InferenceSession(
-            program, options, providers=["CPUExecutionProvider"]
-        )
+        self.session = ort.InferenceSession(program, options, providers=["CPUExecutionProvider"])
         self.input = x.contiguous().numpy()
         # The shapes of the outputs are known after one run.
         names = [output.name for output in self.session.get_outputs()]
         first = self.session.run(names, {self.session.get_inputs()[0].name: self.input})
-        self.made = [ort.OrtValue.ortvalue_from_numpy(output) for output in first]
+        self.made = [ort.OrtValue.ortvalue_from_numpy(np.asarray(output)) for output in first]
         self.binding = self.session.io_binding()
         self.binding.bind_cpu_input(self.session.get_inputs()[0].name, self.input)
         for name, value in zip(names, self.made, strict=True):

@@ -1,0 +1,205 @@
+"""Where the time goes: the machine's two roofs, measured, and the blocks below them.
+
+    python bench/roofline.py --out runs/bench/today     after bench/block.py wrote block.json there
+    python bench/roofline.py --quick
+
+The compute roof is the rate of multiply-adds in registers, the memory roof an in-place addition of
+two arrays (12 bytes an element) from each level of the memory; both by a C++ loop compiled here for
+this machine, one thread per core used. With a block.json (in the folder --out, or --blocks) every
+row of it is set against them: the bound is the larger of its multiply-adds at the peak rate and its
+measured in-place addition. The figure `roofline.svg` shows the same.
+"""
+
+import ctypes
+import json
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.possible import bound_ms
+from harness.script import Row, Settings, argument_parser, publish, settings_of
+
+SOURCE = Path(__file__).parent / "harness" / "peak_rate.cpp"
+# Per thread: both arrays in L2, in the shared L3, in DRAM.
+WORKING_SETS_MIB = {"L2": 0.5, "L3": 8.0, "DRAM": 256.0}
+
+
+def build_loops(folder: Path) -> Any | str:
+    """The compiled loops, or why there are none."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return "no C++ compiler found"
+    library = folder / "peak_rate.so"
+    flags = ["-O3", "-march=native", "-shared", "-fPIC", "-std=c++20"]
+    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True)
+    loops = ctypes.CDLL(str(library))
+    loops.multiply_add.restype = loops.add_in_place.restype = ctypes.c_int64
+    loops.multiply_add.argtypes = [ctypes.c_int64, ctypes.c_void_p]
+    loops.add_in_place.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
+    return loops
+
+
+def rate(work: Callable[[int], int], threads: int, repeats: int) -> float:
+    """Best rate over the repeats of `work(thread)` in that many threads at once, in 1e9 a second.
+
+    A peak is a maximum: whatever disturbs the machine only lowers it.
+    """
+    best = 0.0
+    for _ in range(repeats):
+        done = [0] * threads
+        gate = threading.Barrier(threads + 1)
+
+        def run(i: int, done: list[int] = done, gate: threading.Barrier = gate) -> None:
+            gate.wait()
+            done[i] = work(i)
+            gate.wait()
+
+        workers = [threading.Thread(target=run, args=(i,)) for i in range(threads)]
+        for worker in workers:
+            worker.start()
+        gate.wait()
+        start = time.perf_counter()
+        gate.wait()
+        elapsed = time.perf_counter() - start
+        for worker in workers:
+            worker.join()
+        best = max(best, sum(done) / elapsed / 1e9)
+    return best
+
+
+def peak_rows(loops: Any, settings: Settings) -> list[Row]:
+    """Compute and memory roofs, for one thread and for all."""
+    rows: list[Row] = []
+    rounds = 10**6 if settings.quick else 3 * 10**7
+    sink = torch.zeros(64 * settings.threads)
+    for threads in sorted({1, settings.threads}):
+
+        def multiply(i: int) -> int:
+            return loops.multiply_add(rounds, sink[64 * i :].data_ptr())
+
+        peak = rate(multiply, threads, settings.repeats)
+        rows.append({"roof": "fp32 multiply-adds", "threads": threads, "GMAC/s": peak})
+    for level, mib in WORKING_SETS_MIB.items():
+        if settings.quick and level == "DRAM":
+            continue
+        count = int(mib * 2**20 / 8)
+        times = max(1, int((2**25 if settings.quick else 2**28) / count))
+        for threads in sorted({1, settings.threads}):
+            arrays = [(torch.ones(count), torch.full((count,), 1e-6)) for _ in range(threads)]
+
+            def add(i: int, arrays: list = arrays, count: int = count, times: int = times) -> int:
+                left, right = arrays[i]
+                return loops.add_in_place(left.data_ptr(), right.data_ptr(), count, times)
+
+            gb = rate(add, threads, settings.repeats)
+            rows.append(
+                {"roof": f"addition, {level}", "threads": threads, "MiB each": mib, "GB/s": gb}
+            )
+    return rows
+
+
+def block_rows(blocks: list[Row], peak_gmacs: float) -> list[Row]:
+    """Each block of a block.json below the roofs."""
+    rows: list[Row] = []
+    for block in blocks:
+        if not isinstance(block.get("ours ms"), float):
+            continue
+        # The addition was measured beside the block: its time is the memory roof.
+        bound, roof = bound_ms(block["MMACs"] * 1e6, block["addition ms"], peak_gmacs)
+        rows.append(
+            {
+                "planes": block["planes"],
+                "density": block["asked density"],
+                "MMACs": block["MMACs"],
+                "ours ms": block["ours ms"],
+                "openvino ms": block.get("openvino ms"),
+                "compute ms": block["MMACs"] / peak_gmacs,
+                "addition ms": block["addition ms"],
+                "bound ms": bound,
+                "bound by": roof,
+                "GMAC/s": block["MMACs"] / block["ours ms"],
+                "share of peak": block["MMACs"] / block["ours ms"] / peak_gmacs,
+                "share of bound": bound / block["ours ms"],
+            }
+        )
+    return rows
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Bars of the measured times by stage, with the bound of each as a line across it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    stages = list(dict.fromkeys(row["planes"] for row in rows))
+    figure, panels = pyplot.subplots(1, len(stages), figsize=(2.6 * len(stages), 3.4))
+    for panel, planes in zip([panels] if len(stages) == 1 else panels, stages, strict=True):
+        of_stage = [row for row in rows if row["planes"] == planes]
+        names = ["dense\nOpenVINO", *(f"{row['density']:g}" for row in of_stage)]
+        dense = of_stage[0]["openvino ms"]
+        dense_ms = dense if isinstance(dense, float) else 0.0
+        heights = [dense_ms, *(row["ours ms"] for row in of_stage)]
+        panel.bar(range(len(names)), heights, color=["0.75"] + ["tab:blue"] * len(of_stage))
+        for i, row in enumerate(of_stage, start=1):
+            panel.hlines(row["compute ms"], i - 0.4, i + 0.4, color="black", label="peak FMA")
+            panel.hlines(
+                row["addition ms"], i - 0.4, i + 0.4, color="tab:red", ls=":", label="memory"
+            )
+            panel.text(i, row["ours ms"], f"{row['share of peak']:.0%}", ha="center", va="bottom")
+        panel.set_xticks(range(len(names)), names, fontsize=8)
+        panel.set_title(f"{planes} planes", fontsize=10)
+        panel.set_xlabel("density")
+    first = panels if len(stages) == 1 else panels[0]
+    first.set_ylabel("ms per block; share of peak above")
+    handles, labels = first.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    first.legend(unique.values(), unique.keys(), fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Measure the roofs, and hold the blocks against them."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--blocks", type=Path, help="block.json; default: that in --out")
+    args = parser.parse_args()
+    settings = settings_of(args, repeats=7)
+    with tempfile.TemporaryDirectory() as folder:
+        loops = build_loops(Path(folder))
+        if isinstance(loops, str):
+            print(f"roofline: {loops}; the roofs are not measured")
+            return
+        rows = peak_rows(loops, settings)
+    blocks = args.blocks or (settings.out / "block.json" if settings.out else None)
+    if blocks is None or not blocks.exists():
+        print("roofline: no block.json, so no blocks below the roofs; pass --blocks")
+    else:
+        peak = max(row["GMAC/s"] for row in rows if "GMAC/s" in row)
+        below = block_rows(json.loads(blocks.read_text(encoding="utf-8"))["rows"], peak)
+        rows += below
+        if settings.out is not None and below:
+            settings.out.mkdir(parents=True, exist_ok=True)
+            draw(below, settings.out / "roofline.svg")
+    publish(
+        settings,
+        "roofline",
+        rows,
+        title="The machine's roofs, and the blocks below them",
+        notes=(
+            "Roofs are the best of the repeats. `compute ms` is MMACs at the peak of all threads; "
+            "`bound` the larger of it and the in-place addition measured beside the block."
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Random cases of the kernels against the float64 reference, until one misses its bound.
+
+    python tests/fuzz/run.py --cases 300               what .ci/run does
+    python tests/fuzz/run.py --cases 100000 --seed 7   the long run, by hand
+    python tests/fuzz/run.py --case 4711               one case again
+
+Case number n is a convolution, an interpolation or a block, drawn from (seed, n) alone: shape,
+stride, dilation, groups, density, layout and alignment of the inputs. Every instruction set of this
+machine runs it on one thread, within the bound of the table in tests/ops/conftest.py, and on two
+threads, bit for bit the same. Outputs start as NaN between guards. Exits with 1 at the first miss.
+"""
+
+import argparse
+import importlib.util
+import math
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from sparsight.nn import RBFInterpolation, SampledBlock, ZeroFill
+from sparsight.ops import cpu, reference
+
+OPS_TESTS = Path(__file__).resolve().parents[1] / "ops"
+
+
+def load(name: str) -> ModuleType:
+    """A module of the ops tests, which are no package."""
+    spec = importlib.util.spec_from_file_location(f"ops_{name}", OPS_TESTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+shared = load("conftest")
+blocks = load("test_block")
+
+
+def fuzz_convolution(draw) -> str:
+    """One sampled convolution; now and then one of several panels and tiles."""
+    if draw.one_of(*range(12)) == 0:
+        groups = draw.one_of(1, 1, 2)
+        case = shared.make_conv_case(
+            draw,
+            batch=1,
+            in_channels=draw.one_of(48, 64, 96, 130),
+            out_channels=draw.one_of(64, 80, 128),
+            size=(draw.one_of(20, 33), draw.one_of(24, 47)),
+            kernel=draw.one_of((1, 1), (3, 3)),
+            density=draw.one_of(*shared.DENSITIES),
+            stride=draw.one_of((1, 1), (2, 2)),
+            padding=(1, 1),
+            groups=groups,
+            residual=draw.one_of(True, False),
+            relu=draw.one_of(True, False),
+            layout=draw.one_of(*shared.LAYOUTS),
+        )
+    else:
+        case = shared.draw_conv_case(draw)
+    truth, twin = (case.run_reference(dtype) for dtype in (torch.float64, torch.float32))
+    scale = case.scale()
+    for isa in cpu.available_isas():
+        made = case.run_kernel(isa, 1)
+        shared.check_within_bound("sampled_conv2d", made, truth, twin, scale, f"{isa}, {case}")
+        check_same(made, case.run_kernel(isa, 2), f"{isa}, {case}")
+    return "convolution"
+
+
+def fuzz_interpolation(draw) -> str:
+    """One interpolation, hard or soft, with NaN in what must not be read."""
+    case = shared.draw_fill_case(draw)
+    truth = reference.interpolate(*case.at(torch.float64), case.eps)
+    twin = reference.interpolate(*case.at(torch.float32), case.eps)
+    # A convex combination is no larger than the largest feature in the map.
+    scale = case.features.abs().max()
+    for isa in cpu.available_isas():
+        results = []
+        for num_threads in (1, 2):
+            out = shared.guarded(torch.full_like(case.features, torch.nan))
+            cpu.interpolate(
+                case.poisoned(),
+                case.mask,
+                case.log_kernel,
+                case.eps,
+                isa=isa,
+                num_threads=num_threads,
+                out=out,
+            )
+            assert shared.guard_is_intact(out), f"written beside the output: {isa}, {case}"
+            results.append(out)
+        shared.check_within_bound("interpolate", results[0], truth, twin, scale, f"{isa}, {case}")
+        check_same(*results, f"{isa}, {case}")
+    return "interpolation"
+
+
+def draw_block(draw) -> tuple[SampledBlock, str]:
+    """A residual block of torchvision without norms, converted, its masks given."""
+    one_of = draw.one_of
+    cls = one_of(BasicBlock, Bottleneck, Bottleneck)
+    stride, dilation, groups, width = one_of(1, 1, 2), 1, 1, 64
+    planes = one_of(3, 8, 9, 16, 17, 20)
+    if cls is Bottleneck:
+        dilation, groups = one_of(1, 1, 2), one_of(1, 1, 2, 4)
+        # torchvision's inner width is int(planes * base_width / 64) * groups.
+        width = one_of(64, 128)
+    out_channels = planes * cls.expansion
+    in_channels = out_channels if stride == 1 and one_of(True, False) else one_of(5, 16, 33)
+    shortcut = None
+    if stride != 1 or in_channels != out_channels:
+        shortcut = nn.Conv2d(in_channels, out_channels, 1, stride)
+    block = cls(
+        in_channels,
+        planes,
+        stride,
+        shortcut,
+        groups,
+        width,
+        dilation,
+        norm_layer=lambda channels: nn.Identity(),
+    )
+    with torch.no_grad():
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_in = module.weight[0].numel()
+                module.weight.copy_(draw.normal(*module.weight.shape) / math.sqrt(fan_in))
+                module.bias = nn.Parameter(draw.normal(module.out_channels))
+    fill = one_of(
+        RBFInterpolation(),
+        RBFInterpolation(width=one_of(0.5, 0.7, 1.5), window=one_of(3, 7, 9)),
+        RBFInterpolation(width=0.7, eps=1e-2),
+        ZeroFill(),
+    )
+    layout = one_of("a", "b", "c")
+    made = SampledBlock(
+        block.eval(),
+        layout=layout,
+        sampler=lambda in_channels, *, stride: blocks.GivenMask(),
+        interpolation=fill,
+    )
+    note = (
+        f"{cls.__name__}({in_channels}, {planes}), stride {stride}, dilation {dilation}, "
+        f"groups {groups}, width {width}, layout {layout}, {fill}"
+    )
+    return made, note
+
+
+def fuzz_block(draw) -> str:
+    """One whole block, heads left out: its masks are given."""
+    source, note = draw_block(draw)
+    packed = blocks.Packed(source)
+    size = draw.one_of(1, 3, 8, 13), draw.one_of(1, 2, 9, 22)
+    x = draw.normal(draw.one_of(1, 2), source.conv1.in_channels, *size)
+    density = draw.one_of(*shared.DENSITIES)
+    given = blocks.given_masks(packed, x, draw, density)
+    note = f"{note}, x {tuple(x.shape)}, density {density}"
+    with torch.no_grad():
+        truth = packed.truth(x, given, torch.float64)
+        twin = packed.truth(x, given, torch.float32)
+        x_, shortcut, *rest = packed.arguments(x, given)
+    place, place_shortcut = (shared.LAYOUTS[draw.one_of(*shared.LAYOUTS)] for _ in range(2))
+    for isa in cpu.available_isas():
+        results = []
+        for num_threads in (1, 2):
+            out = shared.guarded(torch.full_like(twin, torch.nan))
+            _, masks, _ = cpu.sampled_block(
+                place(x_),
+                place_shortcut(shortcut),
+                *rest,
+                isa=isa,
+                num_threads=num_threads,
+                out=out,
+            )
+            assert shared.guard_is_intact(out), f"written beside the output: {isa}, {note}"
+            assert torch.equal(masks, blocks.all_masks(packed, given)), f"masks: {isa}, {note}"
+            results.append(out)
+        shared.check_within_bound(
+            "sampled_block", results[0], truth, twin, truth.abs().max(), f"{isa}, {note}"
+        )
+        check_same(*results, f"{isa}, {note}")
+    return "block"
+
+
+def check_same(one: torch.Tensor, two: torch.Tensor, note: str) -> None:
+    """Raise AssertionError unless one and two threads agree bit for bit."""
+    assert torch.equal(one, two), f"two threads differ from one: {note}"
+
+
+KINDS = (fuzz_convolution, fuzz_interpolation, fuzz_block)
+
+
+def run_case(seed: int, number: int) -> str:
+    """Draw and check one case; returns its kind."""
+    # Far apart, so that no two (seed, number) of a run share a generator.
+    draw = shared.Draw(seed * 1_000_003_000 + number)
+    return draw.one_of(*KINDS)(draw)
+
+
+def main() -> int:
+    """Run the cases; 0 if none missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--case", type=int, help="run this one only")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    numbers = range(args.first, args.first + args.cases)
+    if args.case is not None:
+        numbers = range(args.case, args.case + 1)
+    counts: Counter[str] = Counter()
+    start = last = time.monotonic()
+    for number in numbers:
+        try:
+            counts[run_case(args.seed, number)] += 1
+        except Exception:
+            traceback.print_exc()
+            print(f"fuzz: seed {args.seed}, case {number} missed; again: --seed {args.seed} "
+                  f"--case {number}", file=sys.stderr)  # fmt: skip
+            return 1
+        if time.monotonic() - last > 60:
+            last = time.monotonic()
+            rate = counts.total() / (last - start)
+            print(f"fuzz: {counts.total()} cases, {rate:.0f} a second", flush=True)
+    elapsed = time.monotonic() - start
+    kinds = ", ".join(f"{count} {kind}s" for kind, count in sorted(counts.items()))
+    print(
+        f"fuzz: seed {args.seed}, {counts.total()} cases ({kinds}), ISAs "
+        f"{' '.join(cpu.available_isas())}, 1 and 2 threads: no miss, "
+        f"{counts.total() / elapsed:.0f} cases a second"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""The fuzz runner: the same number is the same case, and what is wrong is a miss."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsight.ops import cpu
+
+SPEC = importlib.util.spec_from_file_location("fuzz_run", Path(__file__).with_name("run.py"))
+assert SPEC is not None and SPEC.loader is not None
+run = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(run)
+
+
+def test_every_kind_is_drawn_and_passes():
+    kinds = {run.run_case(1, number) for number in range(12)}
+    assert kinds == {"convolution", "interpolation", "block"}
+
+
+def test_a_number_is_always_the_same_case():
+    draws = [run.shared.Draw(1_000_003_000 + 5) for _ in range(2)]
+    one, two = (run.shared.draw_conv_case(draw) for draw in draws)
+    assert str(one) == str(two)
+    assert torch.equal(one.x, two.x)
+
+
+@pytest.mark.parametrize("kernel", ["sampled_conv2d", "interpolate", "sampled_block"])
+def test_one_wrong_element_is_a_miss(kernel, monkeypatch):
+    right = getattr(cpu, kernel)
+    monkeypatch.setattr(cpu, kernel, lambda *a, out, **o: spoil(right, out, *a, **o))
+    with pytest.raises(AssertionError, match=r"over its bound"):
+        for number in range(12):
+            run.run_case(1, number)
+
+
+def spoil(kernel, out, *args, **options):
+    """Run the kernel, then move the last channel of the last pixel by a little."""
+    made = kernel(*args, out=out, **options)
+    out[-1, -1, -1, -1] += 0.01
+    return made
