@@ -152,6 +152,65 @@ def sampled_conv2d(
     return out
 
 
+def sampled_deform_conv2d(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    modulation: Tensor | None,
+    index: Tensor,
+    count: Tensor,
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    residual: Tensor | None,
+    relu: bool,
+    isa: str = "auto",
+    num_threads: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Float32 kernel form of `reference.sampled_deform_conv2d`; `out` as in `sampled_conv2d`."""
+    x, offset = _rows(x), _rows(offset)
+    modulation = None if modulation is None else _rows(modulation)
+    residual = None if residual is None else _rows(residual)
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    index, count = index.contiguous(), count.contiguous()
+    output_size = (offset.shape[2], offset.shape[3])
+    if out is None:
+        out = torch.zeros((x.shape[0], weight.shape[0], *output_size)).contiguous(
+            memory_format=torch.channels_last
+        )
+    numbers = geometry(
+        tuple(weight.shape),
+        (x.shape[2], x.shape[3]),
+        output_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=x.shape[1] // weight.shape[1],
+    )
+    _kernels.sampled_deform_conv(
+        x.data_ptr(),
+        offset.data_ptr(),
+        _pointer(modulation),
+        weight.data_ptr(),
+        _pointer(bias),
+        index.data_ptr(),
+        count.data_ptr(),
+        _pointer(residual),
+        out.data_ptr(),
+        x.shape[0],
+        numbers,
+        offset.shape[1] // (2 * weight.shape[2] * weight.shape[3]),
+        relu,
+        isa,
+        _threads(num_threads),
+    )
+    return out
+
+
 def interpolate(
     features: Tensor,
     mask: Tensor,
