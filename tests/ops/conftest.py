@@ -25,6 +25,7 @@ TOLERANCE_ULPS = {
     "interpolate_backward.mask": 16.0,  # scale: mask_gradient_scale, per element
     "interpolate_backward.log_kernel": 32.0,  # the same as features; entries sum over the map
     "sampled_block": 4.0,  # scale: largest value of the output, after three convolutions
+    "sampled_deform_conv2d": 4.0,  # scale: as sampled_conv2d, over the mixed |x| |modulation|
     "conv_backward": 4.0,  # torch's own backward on the masked gradient
 }
 
