@@ -3,7 +3,7 @@
 #
 #   make demo    train, convert and freeze a small network; writes sparsight-demo/report.html
 #   make test    the test suite, in two processes   PYTEST_ARGS='-k sites -x' narrows it
-#   make bench   the benchmarks        BENCH_ARGS=--quick shortens them
+#   make bench   the benchmarks, written to runs/bench/<time>        BENCH_ARGS=--quick shortens them
 #   make lint    ruff, pyright, clang-format
 #   make clean   remove .venv, the build and the caches
 
@@ -16,6 +16,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# A folder per run: a report is never overwritten. roofline reads what block wrote.
+BENCH_OUT ?= runs/bench/$(shell date -u +%Y-%m-%d-%H%M%S)
+BENCHES := block network overhead memory crossover roofline
 DEMO_ARGS ?=
 
 # What the compiled package is made of; Python files are not here, because the installation is editable.
@@ -46,7 +49,7 @@ $(BIN)/python:
 
 $(STAMP): $(BUILD_INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
-	$(BIN)/python -m pip install --quiet --editable '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[all,dev,bench]'
 	@touch $@
 
 demo: $(STAMP)
@@ -56,8 +59,9 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m 'not network' $(PYTEST_ARGS)
 
 bench: $(STAMP)
-	@set -e; for script in bench/*.py; do \
-	  echo "== $$script"; $(BIN)/python "$$script" $(BENCH_ARGS); done
+	@set -e; out="$(BENCH_OUT)"; for name in $(BENCHES); do \
+	  echo "== $$name"; $(BIN)/python bench/$$name.py --out "$$out" $(BENCH_ARGS); done; \
+	echo "== report"; $(BIN)/python bench/report.py --json "$$out"/*.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
