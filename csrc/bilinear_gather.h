@@ -1,7 +1,7 @@
 // Rows of a deformable convolution: for each site and tap, one row mixed from the four around a
 // point between the pixels.
 //
-//   for each site i, tap t, offset group:
+//   for each site i, offset group, tap t:
 //     (y, x) = top-left corner of i + t * dilation + offset[i][group][t]
 //     for c in channels of the group:
 //       out[i][t][c] = sum over the 4 corners k of  weight_k * modulation[i][group][t] * row_k[c]
@@ -9,55 +9,54 @@
 // A corner outside the map, or of weight zero, reads the zero row: infinity and NaN there stay
 // there. A NaN offset makes the row NaN. What is written is the compact input of `conv`, tap by
 // tap, so that the multiply-adds are those of an ordinary convolution at the sites.
-// Registers: 4 broadcast weights and 4 accumulators of whole vectors; 4 loads and 1 store a vector
-// of channels, against out_channels / lanes multiply-adds a channel in the GEMM that follows.
-// Included in an ISA-named namespace.
+// Registers: 4 broadcast weights, 1 sum; 4 loads and 1 store a vector of channels, bound by L2, as
+// the rows of an image line do not fit in L1. Included in an ISA-named namespace.
 
+// The corners of all taps of one site and offset group, made in plain loops over whole groups of
+// lanes that compilers turn into vectors.
+constexpr int kTapLanes = 16;
 struct Corners {
-  const float* row[4];
-  float weight[4];
+  float y[kMaxTaps], x[kMaxTaps], factor[kMaxTaps];
+  float weight[4][kMaxTaps];
+  int32_t pixel[4][kMaxTaps];  // negative: the zero row
 };
 
-// The integer below, for coordinates that fit in 32 bits; NaN is far outside.
-static inline int64_t floor_of(float x) {
-  if (x != x) return -2;
-  const int32_t truncated = (int32_t)x;
-  return (float)truncated > x ? truncated - 1 : truncated;
+// Points further out read nothing either. NaN stays.
+static inline float clamp_outside(float x, float most) {
+  const float raised = x < -2.0f ? -2.0f : x;
+  return raised > most ? most : raised;
 }
 
-// Whatever is further out reads the same: nothing. NaN stays.
-static inline float clamp_outside(float x, int64_t size) {
-  const float low = -2.0f, high = (float)(size + 1);
-  return x < low ? low : x > high ? high : x;
-}
-
-static inline Corners corners_at(const GatherCall& call, float y, float x, float modulation) {
-  const ConvGeometry& g = call.geometry;
-  y = clamp_outside(y, g.height);
-  x = clamp_outside(x, g.width);
-  const int64_t top = floor_of(y), left = floor_of(x);
-  const float below = y - (float)top, right = x - (float)left;
-  const float vertical[2] = {1.0f - below, below}, horizontal[2] = {1.0f - right, right};
-  Corners corners;
-  for (int k = 0; k < 4; ++k) {
-    const int64_t row = top + k / 2, column = left + k % 2;
-    const bool inside = (uint64_t)row < (uint64_t)g.height && (uint64_t)column < (uint64_t)g.width;
-    const float weight = vertical[k / 2] * horizontal[k % 2] * modulation;
-    corners.weight[k] = weight;
-    corners.row[k] = inside && weight != 0.0f
-                         ? call.input + (row * g.width + column) * call.input_stride
-                         : call.zero_row;
+static inline void find_corner(int lanes, int32_t down, int32_t right, int32_t height,
+                               int32_t width, const Corners& c, float* __restrict weight,
+                               int32_t* __restrict pixel) {
+  for (int t = 0; t < lanes; ++t) {
+    const float y = clamp_outside(c.y[t], (float)height);
+    const float x = clamp_outside(c.x[t], (float)width);
+    const float top = __builtin_floorf(y), left = __builtin_floorf(x);
+    const float dy = y - top, dx = x - left;
+    const float mixed = (down ? dy : 1.0f - dy) * (right ? dx : 1.0f - dx) * c.factor[t];
+    const int32_t row = (int32_t)(top == top ? top : -2.0f) + down;
+    const int32_t column = (int32_t)(left == left ? left : -2.0f) + right;
+    const int32_t is_read =
+        ((uint32_t)row < (uint32_t)height) & ((uint32_t)column < (uint32_t)width) & (mixed != 0.0f);
+    weight[t] = mixed;
+    pixel[t] = is_read ? row * width + column : -1;
   }
-  return corners;
 }
 
-static inline void mix_rows(const Corners& corners, int64_t first, int64_t channels, float* out) {
-  const float* r0 = corners.row[0] + first;
-  const float* r1 = corners.row[1] + first;
-  const float* r2 = corners.row[2] + first;
-  const float* r3 = corners.row[3] + first;
-  const Vec w0 = Vec::set(corners.weight[0]), w1 = Vec::set(corners.weight[1]);
-  const Vec w2 = Vec::set(corners.weight[2]), w3 = Vec::set(corners.weight[3]);
+static inline const float* corner_row(const GatherCall& call, int32_t pixel, int64_t first) {
+  return pixel < 0 ? call.zero_row : call.input + pixel * call.input_stride + first;
+}
+
+static inline void mix_rows(const GatherCall& call, const Corners& corners, int64_t t,
+                            int64_t first, int64_t channels, float* out) {
+  const float* r0 = corner_row(call, corners.pixel[0][t], first);
+  const float* r1 = corner_row(call, corners.pixel[1][t], first);
+  const float* r2 = corner_row(call, corners.pixel[2][t], first);
+  const float* r3 = corner_row(call, corners.pixel[3][t], first);
+  const Vec w0 = Vec::set(corners.weight[0][t]), w1 = Vec::set(corners.weight[1][t]);
+  const Vec w2 = Vec::set(corners.weight[2][t]), w3 = Vec::set(corners.weight[3][t]);
   int64_t c = 0;
   for (; c + Vec::lanes <= channels; c += Vec::lanes) {
     Vec sum = mul(w0, Vec::load(r0 + c));
@@ -76,27 +75,36 @@ static inline void mix_rows(const Corners& corners, int64_t first, int64_t chann
 
 static void gather(const GatherCall& call, int64_t begin, int64_t end) {
   const ConvGeometry& g = call.geometry;
-  const int64_t taps = g.kernel_h * g.kernel_w;
+  const int taps = (int)(g.kernel_h * g.kernel_w);
+  const int lanes = (taps + kTapLanes - 1) / kTapLanes * kTapLanes;
   const int64_t channels = g.in_channels / call.offset_groups;
-  float* out = call.output + begin * taps * g.in_channels;
+  int32_t tap_y[kMaxTaps] = {}, tap_x[kMaxTaps] = {};
+  Corners corners;
+  for (int t = 0; t < lanes; ++t) {
+    tap_y[t] = (int32_t)(t / g.kernel_w * g.dilation_h);
+    tap_x[t] = (int32_t)(t % g.kernel_w * g.dilation_w);
+    corners.y[t] = corners.x[t] = 0.0f;
+    corners.factor[t] = 1.0f;
+  }
   for (int64_t i = begin; i < end; ++i) {
     const int64_t position = call.sites[i];
-    const SiteOrigin origin = origin_of(g, position);
     const int64_t at = call.compact_offset ? i : position;
-    const float* offset = call.offset + at * call.offset_stride;
-    const float* modulation =
-        call.modulation ? call.modulation + at * call.modulation_stride : nullptr;
-    for (int64_t t = 0; t < taps; ++t) {
-      const int64_t tap_y = origin.y + t / g.kernel_w * g.dilation_h;
-      const int64_t tap_x = origin.x + t % g.kernel_w * g.dilation_w;
-      for (int64_t group = 0; group < call.offset_groups; ++group) {
-        const int64_t of = group * taps + t;
-        const Corners corners =
-            corners_at(call, (float)tap_y + offset[2 * of], (float)tap_x + offset[2 * of + 1],
-                       modulation ? modulation[of] : 1.0f);
-        mix_rows(corners, group * channels, channels, out);
-        out += channels;
+    const SiteOrigin origin = origin_of(g, position);
+    for (int64_t group = 0; group < call.offset_groups; ++group) {
+      const float* offset = call.offset + at * call.offset_stride + group * 2 * taps;
+      for (int t = 0; t < taps; ++t) {
+        corners.y[t] = (float)((int32_t)origin.y + tap_y[t]) + offset[2 * t];
+        corners.x[t] = (float)((int32_t)origin.x + tap_x[t]) + offset[2 * t + 1];
       }
+      if (call.modulation)
+        for (int t = 0; t < taps; ++t)
+          corners.factor[t] = call.modulation[at * call.modulation_stride + group * taps + t];
+      for (int k = 0; k < 4; ++k)
+        find_corner(lanes, k / 2, k % 2, (int32_t)g.height, (int32_t)g.width, corners,
+                    corners.weight[k], corners.pixel[k]);
+      float* out = call.output + i * taps * g.in_channels + group * channels;
+      for (int t = 0; t < taps; ++t)
+        mix_rows(call, corners, t, group * channels, channels, out + t * g.in_channels);
     }
   }
 }

@@ -12,16 +12,17 @@ namespace {
 
 enum Slot { kWeight, kGathered };
 
-// Large enough that the weights, read once a block, cost little beside it; small enough for L3.
-constexpr int64_t kGatheredFloats = 1 << 20;
+// A block is as large as the weights that are read once for it, within these bounds: 1 to 8 MB.
+constexpr int64_t kLeastFloats = 1 << 18, kMostFloats = 1 << 21;
 constexpr int64_t kBlockStep = 24;  // a multiple of the tiles of 12, 4 and 2 sites
 
 }  // namespace
 
 int64_t gather_block(const ConvGeometry& g) {
   const int64_t site = g.kernel_h * g.kernel_w * g.in_channels;
-  const int64_t most = std::min(kGatheredFloats / site, g.out_height * g.out_width + kBlockStep);
-  return std::max<int64_t>(1, most / kBlockStep) * kBlockStep;
+  const int64_t floats = std::clamp(site * g.out_channels / g.groups, kLeastFloats, kMostFloats);
+  const int64_t sites = std::min(floats / site, g.out_height * g.out_width + kBlockStep);
+  return std::max<int64_t>(1, sites / kBlockStep) * kBlockStep;
 }
 
 void run_deform_conv(const KernelTable& table, GatherCall gather, ConvCall conv, int64_t num_sites,
