@@ -103,6 +103,14 @@ def test_sampled_operators_outside_a_module():
         return ops.sampled_conv2d(x, weight, sites=sites, padding=1, groups=2)
 
     assert counted(convolve, x) == int(mask.sum()) * 8 * 2 * 9
+
+    def deform(x):
+        offset = torch.zeros(2, 18, 5, 6)
+        return ops.sampled_deform_conv2d(
+            x, offset, weight, sites=ops.sites_from_mask(mask), padding=1
+        )
+
+    assert counted(deform, x) == counted(convolve, x)
     expected = interpolation_macs(mask, ~mask, 3, 4)
     assert counted(lambda x: ops.interpolate(x, mask, kernel), x) == expected > 0
 

@@ -100,9 +100,11 @@ def _deform_cpu(
         modulation,
         index,
         count,
+        stride=(stride[0], stride[1]),
+        padding=(padding[0], padding[1]),
+        dilation=(dilation[0], dilation[1]),
         residual=residual,
         relu=relu,
-        **_numbers(stride, padding, dilation),
     )
 
 
