@@ -129,6 +129,7 @@ def masks(
     images: tuple[int, ...] | list[int] = (0, 33, 66),
     split: Literal["train", "val"] = "val",
     out: str = "masks",
+    shows_data: bool = True,
 ) -> list[str]:
     """Draw image, annotation, prediction and the sampling mask of each block.
 
@@ -138,6 +139,8 @@ def masks(
         images: positions in the split, as [0,33,66].
         split: which images.
         out: folder for the pictures, one PNG an image.
+        shows_data: draw image and annotation, and masks over the image; false draws masks over the
+            prediction, for data that may not be published.
     """
     from sparsight.train.checkpoint import load_checkpoint
     from sparsight.train.data import CamVid, SeededView, evaluation_transform
@@ -155,7 +158,14 @@ def masks(
             )
         normalised, labels = view[index]
         path = Path(out) / f"{dataset.items[index][0].stem}.png"
-        draw_masks(model.eval(), normalised, labels, path=path, ignore_index=dataset.ignore_index)
+        draw_masks(
+            model.eval(),
+            normalised,
+            labels,
+            path=path,
+            ignore_index=dataset.ignore_index,
+            shows_data=shows_data,
+        )
         print(path)
         written.append(str(path))
     return written

@@ -56,3 +56,15 @@ def test_a_dense_model_has_no_masks(tmp_path):
             path=tmp_path / "masks.png",
             ignore_index=9,
         )
+
+
+def test_pictures_without_data_do_not_depend_on_the_annotation(tmp_path):
+    model = convert(build_dense(SMALL), SMALL).eval()
+    image, written = torch.randn(3, 32, 48), []
+    for label in (0, 1):
+        path = tmp_path / f"{label}.png"
+        labels = torch.full((32, 48), label)
+        draw_masks(model, image, labels, path=path, ignore_index=9, shows_data=False)
+        with Image.open(path) as picture:
+            written.append(np.array(picture))
+    assert np.array_equal(*written)

@@ -59,6 +59,7 @@ def draw_masks(
     path: str | Path,
     ignore_index: int,
     reference: nn.Module | None = None,
+    shows_data: bool = True,
 ) -> None:
     """Write one PNG: image, annotation, prediction, then the mask of every sampler over the image.
 
@@ -69,19 +70,25 @@ def draw_masks(
         path: file to write; its folder is made.
         ignore_index: label drawn black.
         reference: a dense model whose prediction is drawn too.
+        shows_data: draw image and annotation, and the masks over the image. False leaves them out
+            and draws the masks over the prediction: for data that may not be published.
 
     Raises:
         ValueError: the model has no sampler (from `record_sampling`).
     """
     with record_sampling(model) as record:
         logits = model(image[None].contiguous(memory_format=torch.channels_last))["out"]
-    pixels = to_pixels(image)
     colours: dict[str, Any] = {"num_classes": logits.shape[1], "ignore_index": ignore_index}
-    panels = [
-        ("image", pixels),
-        ("annotation", colour_classes(labels, **colours)),
-        ("sampled prediction", colour_classes(logits[0].argmax(0), **colours)),
-    ]
+    prediction = colour_classes(logits[0].argmax(0), **colours)
+    panels = [("sampled prediction", prediction)]
+    pixels = prediction
+    if shows_data:
+        pixels = to_pixels(image)
+        panels = [
+            ("image", pixels),
+            ("annotation", colour_classes(labels, **colours)),
+            *panels,
+        ]
     if reference is not None:
         dense_logits = reference(image[None].contiguous(memory_format=torch.channels_last))["out"]
         panels.append(("dense prediction", colour_classes(dense_logits[0].argmax(0), **colours)))
