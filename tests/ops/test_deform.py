@@ -248,7 +248,7 @@ def test_kernel_is_right_at_lane_edges(draw, check, isa, channels):
 
 @pytest.mark.parametrize("density", ["one", 1.0])
 def test_blocks_of_sites_meet(draw, check, isa, density):
-    """Rows of 9 x 2048 channels: a block holds 48 of the 130 positions."""
+    """Rows of 9 x 2048 channels: a block holds 24 of the 130 positions."""
     check(make_case(draw(2), batch=1, channels=2048, size=(10, 13), density=density), isa)
 
 

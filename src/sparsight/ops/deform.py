@@ -263,7 +263,7 @@ def sampled_deform_conv2d(
 
     Cost: share of active sites times the MACs of the dense convolution; mixing the rows adds 4
     multiply-adds per site, tap and channel, which `measure.count_macs` leaves out. float32 on the
-    CPU runs the compiled kernel, which holds the mixed rows of a block of sites (4 MB); other
+    CPU runs the compiled kernel, which holds the mixed rows of a block of sites (1 to 8 MB); other
     dtypes and devices run plain aten.
 
     Gradient: with respect to x, offset, weight, bias, modulation and residual, in plain aten; zero
