@@ -25,6 +25,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from sparsight.nn import RBFInterpolation, SampledBlock, ZeroFill
+from sparsight.nn.frozen_block import FrozenBlock
 from sparsight.ops import cpu, reference
 
 OPS_TESTS = Path(__file__).resolve().parents[1] / "ops"
@@ -156,6 +157,9 @@ def fuzz_block(draw) -> str:
     """One whole block, heads left out: its masks are given."""
     source, note = draw_block(draw)
     packed = blocks.Packed(source)
+    # Written down by what `freeze` uses, not by the tests' own writer.
+    frozen = FrozenBlock(source)
+    packed.params, packed.spec = frozen.params, frozen.spec
     size = draw.one_of(1, 3, 8, 13), draw.one_of(1, 2, 9, 22)
     x = draw.normal(draw.one_of(1, 2), source.conv1.in_channels, *size)
     density = draw.one_of(*shared.DENSITIES)
