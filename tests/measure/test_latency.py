@@ -90,7 +90,12 @@ def test_a_single_callable(clock):
 
 @pytest.mark.parametrize(
     ("candidates", "options"),
-    [({}, {}), ({"a": print}, {"repeats": 0}), ({"a": print}, {"warmup": -1}), ({"a": print}, {"lead_in": -1})],
+    [
+        ({}, {}),
+        ({"a": print}, {"repeats": 0}),
+        ({"a": print}, {"warmup": -1}),
+        ({"a": print}, {"lead_in": -1}),
+    ],
 )
 def test_nothing_to_measure_is_refused(candidates, options):
     with pytest.raises(ValueError, match=r"measure_latency: got .* required; name what to measure"):
