@@ -75,8 +75,9 @@ class Packed:
             if stride != (1, 1):
                 if (decision, *stride) not in self.parents:
                     self.parents.append((decision, *stride))
+                    source = masks[decision]
                     masks.append(
-                        MaskSpec(None, None, stride, 0, decision, masks[decision].log_kernel, None)
+                        MaskSpec(None, None, stride, 0, decision, source.log_kernel, source.eps)
                     )
                 mask = len(block.samplers) + self.parents.index((decision, *stride))
             self.stages.append(
