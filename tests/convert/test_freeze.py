@@ -372,3 +372,52 @@ def test_a_whole_frozen_network_is_the_same_in_one_thread_and_two(name) -> None:
         results.append(frozen(x))
     torch.set_num_threads(1)
     assert torch.equal(results[0], results[1])
+
+
+class TwoLayerSampler(nn.Module):
+    """A sampler of one's own: its head holds a convolution and an activation."""
+
+    def __init__(self, in_channels, *, stride=1) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(in_channels, 8, 3, stride, 1), nn.ReLU(), nn.Conv2d(8, 1, 1)
+        )
+
+    def forward(self, x):
+        logits = self.net(x)
+        return sparsight.nn.SamplingDecision(logits >= 0, torch.sigmoid(logits), None)
+
+
+def test_a_sampler_of_ones_own_keeps_its_activation() -> None:
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1))
+    model = sparsight.sparsify(conv, where=lambda n, m: n == "0", sampler=TwoLayerSampler).eval()
+    frozen = assert_frozen_equals(model, torch.randn(1, 3, 20, 20))
+    assert isinstance(frozen[0], FrozenBlock)
+    assert any(isinstance(m, nn.ReLU) for m in frozen.modules())
+
+
+def test_hooks_of_the_source_still_run() -> None:
+    for hooked in (0, 1, 2):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        calls = []
+        net[hooked].register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        x = torch.randn(1, 3, 9, 9)
+        frozen = sparsight.freeze(net, example=x)
+        before = len(calls)
+        with torch.no_grad():
+            torch.testing.assert_close(frozen(x), net(x), atol=1e-5, rtol=1e-5)
+        assert len(calls) == before + 2, hooked
+    model = sparsight.sparsify(tiny(BasicBlock)).eval()
+    model.layer1[0].bn1.register_forward_hook(lambda *args: None)
+    with pytest.warns(UserWarning, match=r"layer1.0 stays unfrozen.*hooks are registered"):
+        sparsight.freeze(model, example=torch.randn(1, 3, 32, 32))
+
+
+def test_a_relaxed_mask_is_refused() -> None:
+    conv = nn.Sequential(nn.Conv2d(3, 4, 1))
+    model = sparsight.sparsify(conv, where=lambda n, m: n == "0").eval()
+    x, mask = torch.randn(1, 3, 5, 5), torch.ones(1, 1, 5, 5)
+    frozen = sparsight.freeze(model, example=x)
+    with pytest.raises(TypeError, match=r"torch\.bool is needed"):
+        frozen[0](x, sparsight.nn.SamplingDecision(mask, mask, None))

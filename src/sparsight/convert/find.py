@@ -24,6 +24,11 @@ _HOOKS = (
 )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is registered on this very module that replacing it would drop."""
+    return any(getattr(module, kind, None) for kind in _HOOKS)
+
+
 class ConversionError(ValueError):
     """A model, or some of its layers, cannot be converted.
 
@@ -306,6 +311,6 @@ def _refuse_replacement(module: nn.Module) -> str | None:
             "a parametrization is registered on it, which replacing it would drop; remove it "
             "first, with torch.nn.utils.parametrize.remove_parametrizations"
         )
-    if any(getattr(module, kind, None) for kind in _HOOKS):
+    if has_hooks(module):
         return "hooks are registered on it, which replacing it would drop; remove them first"
     return None

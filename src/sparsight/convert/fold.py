@@ -1,6 +1,6 @@
 """Norms and activations into the dense convolutions before them, where that is seen to be safe."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsight.convert.find import has_hooks
 from sparsight.nn.frozen_block import fold_norm
 
 __all__ = ["fold_norms", "fuse_relus"]
@@ -65,6 +66,9 @@ def _observed(
 
     try:
         for name, module in model.named_modules():
+            # Somebody watches it: it is neither changed nor taken out.
+            if has_hooks(module):
+                continue
             if type(module) is nn.Conv2d:
                 handles.append(module.register_forward_hook(tag(name)))
             elif is_reader(module):
@@ -123,17 +127,19 @@ def fold_norms(model: nn.Module, example: Any) -> list[tuple[str, str]]:
     return folded
 
 
-def fuse_relus(model: nn.Module, example: Any) -> list[str]:
+def fuse_relus(model: nn.Module, example: Any, *, among: Container[str] | None = None) -> list[str]:
     """Take out, in place, every `nn.ReLU` that alone reads the output of a dense convolution.
 
     Args:
         model: in eval mode, its norms folded; changed: it misses these activations afterwards.
         example: what the model takes as its one argument.
+        among: names of the convolutions that can clamp in its stead; None means all.
 
     Returns:
         Names of the convolutions whose output is to be clamped in the ReLU's stead.
     """
     pairs = _sole_readers(model, example, lambda module: type(module) is nn.ReLU)
+    pairs = [pair for pair in pairs if among is None or pair[0] in among]
     for _, relu_name in pairs:
         _remove(model, relu_name)
     return [conv_name for conv_name, _ in pairs]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from sparsight.convert.find import ConversionError
+from sparsight.convert.find import ConversionError, has_hooks
 from sparsight.convert.fold import fold_norms, fuse_relus
 from sparsight.nn.frozen_block import FrozenBlock, FrozenSampler, refusal
 from sparsight.nn.frozen_conv import FrozenConv2d, refusal_of_conv
@@ -75,8 +75,8 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
     with torch.no_grad():
         expected = _contract(frozen(example))
     fold_norms(frozen, example)
-    clamped = fuse_relus(frozen, example)
-    frozen = _freeze_layers(frozen, set(clamped))
+    frozen, kept = _freeze_sampled(frozen)
+    frozen = _freeze_dense(frozen, kept, example)
     frozen = frozen.to(memory_format=torch.channels_last)
     with torch.no_grad():
         arrived = _contract(frozen(example))
@@ -88,14 +88,16 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
     return frozen
 
 
-def _freeze_layers(model: nn.Module, clamped: set[str]) -> nn.Module:
-    """Replace sampled layers and dense convolutions; those named in `clamped` end in a ReLU."""
+def _freeze_sampled(model: nn.Module) -> tuple[nn.Module, set[nn.Module]]:
+    """Replace the sampled layers; also returns the modules that must stay as they are."""
     replacements: dict[nn.Module, nn.Module] = {}
     kept: set[nn.Module] = set()
     for name, module in model.named_modules():
         if not isinstance(module, SampledBlock | SampledConv2d) or module in replacements:
             continue
         reason = refusal(module)
+        if reason is None and any(has_hooks(part) for part in module.modules()):
+            reason = "hooks are registered on it or inside it, which freezing would drop"
         if reason is not None:
             warnings.warn(
                 f"freeze: layer {name or '(the model)'} stays unfrozen, at the speed of the dense "
@@ -110,15 +112,24 @@ def _freeze_layers(model: nn.Module, clamped: set[str]) -> nn.Module:
         # A head that runs outside the kernel stays what the sampler's own code expects.
         if isinstance(module, FrozenSampler):
             kept.update(module.modules())
-    dense: dict[nn.Module, nn.Module] = {}
-    for name, module in model.named_modules():
-        if type(module) is not nn.Conv2d or module in kept:
-            continue
-        if refusal_of_conv(module) is None:
-            dense[module] = FrozenConv2d(module, relu=name in clamped)
-        elif name in clamped:
-            dense[module] = nn.Sequential(module, nn.ReLU()).eval()
-    return _replace(model, dense)
+    return model, kept
+
+
+def _freeze_dense(model: nn.Module, kept: set[nn.Module], example: Any) -> nn.Module:
+    """Pack the dense convolutions, each with the ReLU that alone reads it."""
+    convs = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Conv2d
+        and module not in kept
+        and not has_hooks(module)
+        and refusal_of_conv(module) is None
+    }
+    # Only of those that will be replaced: an activation taken from another would be lost.
+    clamped = fuse_relus(model, example, among=convs)
+    return _replace(
+        model, {conv: FrozenConv2d(conv, relu=name in clamped) for name, conv in convs.items()}
+    )
 
 
 def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:

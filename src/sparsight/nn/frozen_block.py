@@ -265,6 +265,11 @@ class FrozenBlock(nn.Module):
             elsewhere.append(made)
             given.append(None if made is None or is_copy else made.mask)
         for mask, size in zip(given, mask_sizes, strict=True):
+            if mask is not None and mask.dtype != torch.bool:
+                raise TypeError(
+                    f"FrozenBlock: the decision's mask has dtype {mask.dtype}, but torch.bool is "
+                    "needed; threshold it, for example mask >= 0.5."
+                )
             if mask is not None and tuple(mask.shape) != (batch, 1, *size):
                 raise ValueError(
                     f"FrozenBlock: the decision's mask has shape {tuple(mask.shape)}, but "
