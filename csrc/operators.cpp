@@ -62,14 +62,14 @@ void run_conv(const KernelTable& table, const ConvCall& call, int64_t num_sites,
   const ConvGeometry& g = call.geometry;
   const int64_t panels = panel_count(g, call.kind);
   const int64_t tiles = (num_sites + table.conv_tile - 1) / table.conv_tile;
-  const int64_t panel_bytes = packed_size(g, call.kind) * 4 / panels;
+  const int64_t panel_bytes = packed_size(g, call.kind, table.unit) * 4 / panels;
   // Panels whose weights stay in L2 while a range of sites passes over them.
   const int64_t group =
       std::max<int64_t>(1, std::min<int64_t>(panels, 393216 / std::max<int64_t>(1, panel_bytes)));
   const int64_t groups = (panels + group - 1) / group;
   const int64_t weight_bytes = panel_bytes * panels;
-  const int64_t input_bytes =
-      4 * g.in_channels * std::min(num_sites * g.kernel_h * g.kernel_w, g.height * g.width);
+  const int64_t input_bytes = table.element_size * g.in_channels *
+                              std::min(num_sites * g.kernel_h * g.kernel_w, g.height * g.width);
   const bool by_panel = num_threads > 1 && panels >= num_threads &&
                         (tiles < 2 * num_threads || weight_bytes > 2 * input_bytes);
   if (by_panel) {

@@ -85,11 +85,14 @@ struct Runner {
 
   const int64_t* mask_spec(int64_t m) const { return mask_fields(a.spec, m); }
   const int64_t* stage_spec(int64_t s) const { return stage_fields(a.spec, s); }
+  const void* image_of(const void* maps, int64_t elements) const {
+    return static_cast<const char*>(maps) + elements * table.element_size;
+  }
 
   // z[p][column] = x[p] . head column; a logit is then a sum of nine shifted columns: a 3x3
   // convolution to one channel read as a GEMM, so that x is streamed once for all the heads of the
   // block.
-  const float* run_heads(const float* x) {
+  const float* run_heads(const void* x) {
     bool wanted = false;
     for (int64_t m = 0; m < a.spec[kNumMasks]; ++m)
       wanted |= mask_spec(m)[kParent] < 0 && !a.given[m];
@@ -146,7 +149,7 @@ struct Runner {
     return !bad;
   }
 
-  bool decide(int64_t image, const float* x) {
+  bool decide(int64_t image, const void* x) {
     const float* z = run_heads(x);
     uint8_t* bytes = a.masks + image * mask_positions;
     float* logits = a.logits + image * mask_positions;
@@ -205,16 +208,17 @@ struct Runner {
   // Few input channels (an image) would leave the inner loop a handful of steps. The pixels of one
   // kernel row are neighbours in memory, so a row of a zero-bordered copy is read as kernel_w *
   // channels channels of a kernel one column wide, at the stride of one pixel.
-  const float* merge_rows(const float* input, ConvGeometry& g) {
+  const void* merge_rows(const void* input, ConvGeometry& g) {
     const int64_t channels = g.in_channels, padded_width = g.width + 2 * g.pad_w;
     const int64_t padded_height = g.height + 2 * g.pad_h;
     // The last run may reach past the last pixel of the last row, never past its kernel.
-    float* padded = scratch.get<float>(kMerged, padded_height * padded_width * channels);
-    std::memset(padded, 0, sizeof(float) * padded_height * padded_width * channels);
+    const int64_t pixel = channels * table.element_size;
+    char* padded = scratch.get<char>(kMerged, padded_height * padded_width * pixel);
+    std::memset(padded, 0, padded_height * padded_width * pixel);
     parallel_ranges(threads, g.height, [&](int64_t begin, int64_t end) {
       for (int64_t y = begin; y < end; ++y)
-        std::memcpy(padded + ((y + g.pad_h) * padded_width + g.pad_w) * channels,
-                    input + y * g.width * channels, sizeof(float) * g.width * channels);
+        std::memcpy(padded + ((y + g.pad_h) * padded_width + g.pad_w) * pixel,
+                    static_cast<const char*>(input) + y * g.width * pixel, g.width * pixel);
     });
     g.in_channels *= g.kernel_w;
     g.kernel_w = 1;
@@ -249,12 +253,12 @@ struct Runner {
 
   void run_image(int64_t image) {
     const int64_t stages = a.spec[kNumStages];
-    const float* input = a.x + image * a.height * a.width * a.spec[kInChannels];
+    const void* input = image_of(a.x, image * a.height * a.width * a.spec[kInChannels]);
     int64_t height = a.height, width = a.width;
     int64_t widest = 0;
     for (int64_t s = 0; s < stages; ++s) widest = std::max(widest, stage_spec(s)[kStageIn]);
-    float* zero_row = scratch.get<float>(kZeroRow, widest);
-    std::memset(zero_row, 0, sizeof(float) * widest);
+    char* zero_row = scratch.get<char>(kZeroRow, widest * table.element_size);
+    std::memset(zero_row, 0, widest * table.element_size);
     bool compact = false;
     for (int64_t s = 0; s < stages; ++s) {
       const int64_t* stage = stage_spec(s);
@@ -282,11 +286,13 @@ struct Runner {
       call.output_stride = stage[kStageOut];
       call.relu = stage[kStageRelu];
       call.compact_output = last || stays;
-      float* image_output = a.output + image * mask.height * mask.width * stage[kStageOut];
-      const float* shortcut =
-          a.shortcut ? a.shortcut + image * mask.height * mask.width * stage[kStageOut] : nullptr;
+      const int64_t map = mask.height * mask.width * stage[kStageOut];
+      const int64_t output_size = a.float_output ? sizeof(float) : table.element_size;
+      char* image_output = static_cast<char*>(a.output) + image * map * output_size;
+      const void* shortcut = a.shortcut ? image_of(a.shortcut, image * map) : nullptr;
       if (last && mask.full()) {
         call.output = image_output;
+        call.float_output = a.float_output;
         call.residual = shortcut;
         call.residual_stride = stage[kStageOut];
         call.relu = a.spec[kReluOut] || stage[kStageRelu];
@@ -294,8 +300,9 @@ struct Runner {
         return;
       }
       const int64_t rows = call.compact_output ? mask.count : mask.height * mask.width;
-      float* output = scratch.get<float>(s % 2 ? kStageB : kStageA,
-                                         std::max<int64_t>(1, rows) * stage[kStageOut]);
+      char* output =
+          scratch.get<char>(s % 2 ? kStageB : kStageA,
+                            std::max<int64_t>(1, rows) * stage[kStageOut] * table.element_size);
       call.output = output;
       run_conv(table, call, mask.count, threads);
       if (last) {
@@ -312,8 +319,8 @@ struct Runner {
         fill.relu = a.spec[kReluOut];
         // Larger than the caches near a core: written past them, it is not read for ownership
         // first.
-        fill.stream = mask.height * mask.width * stage[kStageOut] * 4 >= kStreamedBytes &&
-                      stage[kStageOut] % 64 == 0 &&
+        fill.float_output = a.float_output;
+        fill.stream = map * output_size >= kStreamedBytes && stage[kStageOut] % 64 == 0 &&
                       reinterpret_cast<uintptr_t>(image_output) % 64 == 0;
         parallel_ranges(threads, mask.height * mask.width,
                         [&](int64_t begin, int64_t end) { table.fill(fill, begin, end); });
@@ -348,7 +355,8 @@ struct Runner {
       mask_positions += masks[m].height * masks[m].width;
     }
     for (int64_t image = 0; image < a.batch; ++image) {
-      if (!decide(image, a.x + image * a.height * a.width * a.spec[kInChannels])) return image;
+      if (!decide(image, image_of(a.x, image * a.height * a.width * a.spec[kInChannels])))
+        return image;
       run_image(image);
     }
     return -1;

@@ -10,10 +10,12 @@ from torch.utils import _pytree as pytree
 
 from sparsight.convert.find import ConversionError, has_hooks
 from sparsight.convert.fold import fold_norms, fuse_relus
+from sparsight.convert.map_dtypes import keep_maps_narrow
 from sparsight.nn.frozen_block import FrozenBlock, FrozenSampler, refusal
 from sparsight.nn.frozen_conv import FrozenConv2d, refusal_of_conv
 from sparsight.nn.sampled_block import SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
+from sparsight.ops import cpu
 
 __all__ = ["freeze"]
 
@@ -23,14 +25,18 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
 
     Norms and activations are folded into the convolutions, weights are packed once, and every
     sampled block becomes one operator call. The copy takes any batch and input size and returns
-    what ``model.eval()`` returns, up to float32 rounding.
+    what ``model.eval()`` returns, up to the rounding of `dtype`.
 
     Args:
         model: a model from :func:`sparsight.sparsify`, or a dense one (norms are folded); not
             changed. Its eval-mode function is frozen, whatever its mode.
         example: what the model takes as its one argument: a tensor, or a list of images. It is run
             to see which norms can be folded and that the copy keeps the call contract.
-        dtype: torch.float32 or None (default), which takes the model's.
+        dtype: what the layers compute in: torch.float32 or None (default), which takes the model's,
+            or torch.bfloat16, whose weights, features and sampler heads have 8 bits of mantissa and
+            whose sums are float32; it needs a CPU with AVX-512 BF16. The model takes and returns
+            float32 either way: maps are bfloat16 where only frozen layers read them, as seen in
+            one run on `example`. A logit within its rounding of 0 may decide the other way.
 
     Returns:
         The frozen model, in eval mode; `train()` raises. `record_sampling` and `measure` work on
@@ -39,8 +45,8 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
 
     Raises:
         TypeError: the model is no module.
-        ConversionError: the model is frozen already, is not float32 on the CPU, or the copy does
-            not return what the source returns for `example`.
+        ConversionError: the model is frozen already or is not float32 on the CPU, this CPU cannot
+            compute in `dtype`, or the copy does not return what the source returns for `example`.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -53,12 +59,18 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
             f"freeze: model is a {type(model).__name__}, but must be a torch.nn.Module; pass what "
             "sparsify returned."
         )
-    if dtype not in (None, torch.float32):
+    dtype = torch.float32 if dtype is None else dtype
+    if dtype not in (torch.float32, torch.bfloat16):
         raise ConversionError(
-            f"freeze: dtype is {dtype}, but the kernels of this version compute in torch.float32; "
-            "leave dtype out."
+            f"freeze: dtype is {dtype}, but the kernels compute in torch.float32 or "
+            "torch.bfloat16; pass one of them, or leave dtype out."
         )
-    if any(isinstance(module, FrozenBlock) for module in model.modules()):
+    if dtype == torch.bfloat16 and not cpu.has_bfloat16():
+        raise ConversionError(
+            "freeze: dtype is torch.bfloat16, but this CPU, or the compiler that sparsight was "
+            "built with, has no AVX-512 BF16 instructions; leave dtype out for float32."
+        )
+    if any(isinstance(module, FrozenBlock | FrozenConv2d) for module in model.modules()):
         raise ConversionError(
             "freeze: the model is frozen already, but a trainable one is needed; pass the "
             "converted model that it was made from."
@@ -75,9 +87,11 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
     with torch.no_grad():
         expected = _contract(frozen(example))
     fold_norms(frozen, example)
-    frozen, kept = _freeze_sampled(frozen)
-    frozen = _freeze_dense(frozen, kept, example)
+    frozen, kept = _freeze_sampled(frozen, dtype)
+    frozen = _freeze_dense(frozen, kept, example, dtype)
     frozen = frozen.to(memory_format=torch.channels_last)
+    if dtype == torch.bfloat16:
+        keep_maps_narrow(frozen, example)
     with torch.no_grad():
         arrived = _contract(frozen(example))
     if arrived != expected:
@@ -88,7 +102,9 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
     return frozen
 
 
-def _freeze_sampled(model: nn.Module) -> tuple[nn.Module, set[nn.Module]]:
+def _freeze_sampled(
+    model: nn.Module, dtype: torch.dtype
+) -> tuple[nn.Module, set[nn.Module]]:
     """Replace the sampled layers; also returns the modules that must stay as they are."""
     replacements: dict[nn.Module, nn.Module] = {}
     kept: set[nn.Module] = set()
@@ -106,7 +122,7 @@ def _freeze_sampled(model: nn.Module) -> tuple[nn.Module, set[nn.Module]]:
             )
             kept.update(module.modules())
             continue
-        replacements[module] = FrozenBlock(module)
+        replacements[module] = FrozenBlock(module, dtype=dtype)
     model = _replace(model, replacements)
     for module in model.modules():
         # A head that runs outside the kernel stays what the sampler's own code expects.
@@ -115,7 +131,9 @@ def _freeze_sampled(model: nn.Module) -> tuple[nn.Module, set[nn.Module]]:
     return model, kept
 
 
-def _freeze_dense(model: nn.Module, kept: set[nn.Module], example: Any) -> nn.Module:
+def _freeze_dense(
+    model: nn.Module, kept: set[nn.Module], example: Any, dtype: torch.dtype
+) -> nn.Module:
     """Pack the dense convolutions, each with the ReLU that alone reads it."""
     convs = {
         name: module
@@ -128,7 +146,11 @@ def _freeze_dense(model: nn.Module, kept: set[nn.Module], example: Any) -> nn.Mo
     # Only of those that will be replaced: an activation taken from another would be lost.
     clamped = fuse_relus(model, example, among=convs)
     return _replace(
-        model, {conv: FrozenConv2d(conv, relu=name in clamped) for name, conv in convs.items()}
+        model,
+        {
+            conv: FrozenConv2d(conv, relu=name in clamped, dtype=dtype)
+            for name, conv in convs.items()
+        },
     )
 
 
