@@ -110,7 +110,7 @@ const KernelTable& table_of(const int64_t* spec, const std::string& isa) {
   return *table;
 }
 
-int64_t sampled_block(uintptr_t x, uintptr_t shortcut, std::vector<uintptr_t> noise,
+int64_t sampled_block(uintptr_t x, bool planar, uintptr_t shortcut, std::vector<uintptr_t> noise,
                       std::vector<uintptr_t> given, uintptr_t params, uintptr_t spec, int64_t batch,
                       int64_t height, int64_t width, uintptr_t output, uintptr_t masks,
                       uintptr_t logits, bool float_output, const std::string& isa,
@@ -122,6 +122,7 @@ int64_t sampled_block(uintptr_t x, uintptr_t shortcut, std::vector<uintptr_t> no
   for (uintptr_t p : noise) noise_maps.push_back(ptr<const float>(p));
   for (uintptr_t p : given) given_maps.push_back(ptr<const uint8_t>(p));
   BlockArrays arrays{ptr<const void>(x),
+                     planar,
                      ptr<const void>(shortcut),
                      noise_maps.data(),
                      given_maps.data(),
@@ -169,6 +170,7 @@ NB_MODULE(_kernels, m) {
   m.attr("MAX_TAPS") = kMaxTaps;
   m.attr("MAX_WINDOW") = kMaxWindow;
   m.attr("SPEC_VERSION") = kSpecVersion;
+  m.attr("ROW_MERGE_FIELD") = static_cast<int64_t>(kRowMerge);
   m.attr("MASK_FIELDS") = static_cast<int64_t>(kMaskFields);
   m.attr("STAGE_FIELDS") = static_cast<int64_t>(kStageFields);
   m.attr("POOLED_BYTES") = kPooledBytes;
@@ -208,9 +210,9 @@ NB_MODULE(_kernels, m) {
         [](int64_t columns, int64_t channels, uintptr_t weight, uintptr_t packed, int64_t unit) {
           pack_heads(columns, channels, ptr<const float>(weight), ptr<float>(packed), unit);
         });
-  m.def("fill_tables", [](uintptr_t log_kernel, int64_t window) {
+  m.def("fill_tables", [](uintptr_t log_kernel, int64_t window, int64_t unit) {
     OwnedFillTables owned;
-    owned.build(ptr<const float>(log_kernel), window);
+    owned.build(ptr<const float>(log_kernel), window, unit == 1 ? kNegligible : kNegligibleNarrow);
     const FillTables& t = *owned.get();
     const auto* words = reinterpret_cast<const int64_t*>(t.level);
     const int64_t num_words = (2 * t.num_levels + 1) * kWindowWords;

@@ -110,40 +110,70 @@ static inline void put_row(const FillCall& call, const Element* const* rows, con
     combine_rows<false>(rows, weights, count, residual, call.relu, out, call.channels);
 }
 
-static void fill(const FillCall& call, int64_t begin, int64_t end) {
+// The sources of one output row, chosen ahead of their use so that they are on their way meanwhile.
+struct Mix {
+  int64_t position;
+  int count;
+  const Element* rows[kMaxWindowTaps];
+  float weights[kMaxWindowTaps];
+};
+constexpr int kMixesAhead = 8;
+constexpr int64_t kPrefetchedBytes = 256;  // of a row; what follows is a stream of its own
+
+static inline void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes && at < kPrefetchedBytes; at += 64)
+    __builtin_prefetch((const char*)row + at);
+}
+
+// Returns false when there is nothing to write: a site in its place.
+static inline bool choose_mix(const FillCall& call, const int64_t* step, int64_t p, Mix* mix) {
   const int64_t radius = call.window / 2;
   const int center = (int)(radius * call.window + radius);
+  const int64_t y = (uint32_t)p / (uint32_t)call.width;
+  const int64_t x = p - y * call.width;
+  uint64_t words[kWindowWords];
+  window_bits(call, y, x, words);
+  mix->position = p;
+  mix->count = 0;
+  if (words[center >> 6] >> (center & 63) & 1) {
+    mix->rows[0] = value_row(call, p);
+    mix->weights[0] = 1.0f;
+    mix->count = 1;
+    return mix->rows[0] != element_row(call.output, p * call.output_stride) || call.residual ||
+           call.relu;
+  }
+  if (!call.tables) return true;
+  int taps[kMaxWindowTaps];
+  mix->count = call.window <= 8 ? choose_sites<1>(call, words, taps, mix->weights)
+                                : choose_sites<kWindowWords>(call, words, taps, mix->weights);
+  for (int t = 0; t < mix->count; ++t) {
+    mix->rows[t] = value_row(call, p + step[taps[t]]);
+    prefetch_row(mix->rows[t], call.channels * (int64_t)sizeof(Element));
+  }
+  return true;
+}
+
+static void fill(const FillCall& call, int64_t begin, int64_t end) {
+  const int64_t radius = call.window / 2;
   int64_t step[kMaxWindowTaps];  // from a position to its taps
   for (int64_t dy = 0; dy < call.window; ++dy)
     for (int64_t dx = 0; dx < call.window; ++dx)
       step[dy * call.window + dx] = (dy - radius) * call.width + dx - radius;
-  int taps[kMaxWindowTaps];
-  const Element* rows[kMaxWindowTaps];
-  float weights[kMaxWindowTaps];
-  uint64_t words[kWindowWords];
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t p = call.positions ? call.positions[i] : i;
-    const int64_t y = (uint32_t)p / (uint32_t)call.width;
-    const int64_t x = p - y * call.width;
-    const Element* residual =
-        call.residual ? element_row(call.residual, p * call.residual_stride) : nullptr;
-    window_bits(call, y, x, words);
-    int kept = 0;
-    if (words[center >> 6] >> (center & 63) & 1) {
-      rows[0] = value_row(call, p);
-      if (rows[0] == element_row(call.output, p * call.output_stride) && !residual && !call.relu)
-        continue;
-      weights[0] = 1.0f;
-      kept = 1;
-    } else if (call.tables) {
-      kept = call.window <= 8 ? choose_sites<1>(call, words, taps, weights)
-                              : choose_sites<kWindowWords>(call, words, taps, weights);
-      for (int t = 0; t < kept; ++t) rows[t] = value_row(call, p + step[taps[t]]);
+  Mix mixes[kMixesAhead];
+  for (int64_t i = begin; i < end;) {
+    int chosen = 0;
+    for (; chosen < kMixesAhead && i < end; ++i)
+      chosen += choose_mix(call, step, call.positions ? call.positions[i] : i, &mixes[chosen]);
+    for (int m = 0; m < chosen; ++m) {
+      const Mix& mix = mixes[m];
+      const Element* residual =
+          call.residual ? element_row(call.residual, mix.position * call.residual_stride) : nullptr;
+      const int64_t at = mix.position * call.output_stride;
+      if (kUnit == 1 || !call.float_output)
+        put_row(call, mix.rows, mix.weights, mix.count, residual, (Element*)call.output + at);
+      else
+        put_row(call, mix.rows, mix.weights, mix.count, residual, (float*)call.output + at);
     }
-    if (kUnit == 1 || !call.float_output)
-      put_row(call, rows, weights, kept, residual, (Element*)call.output + p * call.output_stride);
-    else
-      put_row(call, rows, weights, kept, residual, (float*)call.output + p * call.output_stride);
   }
   if (call.stream) stream_fence();
 }

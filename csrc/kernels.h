@@ -45,6 +45,7 @@ struct ConvCall {
   int64_t output_stride;
   bool compact_output;  // write the i-th row, not the row of its position
   bool float_output;    // write float32 rows, whatever the elements are
+  bool stream;          // write past the caches: rows are aligned to 64 bytes, and their panels
   bool relu;
 };
 
@@ -80,6 +81,8 @@ struct HeadCall {
 // taps is kWindowWords words of bits.
 constexpr int kWindowWords = (kMaxWindow * kMaxWindow + 63) / 64;
 constexpr float kNegligible = 1.4901161e-8f;  // 2^-26
+// Of bfloat16 rows, whose own rounding is 2^-9.
+constexpr float kNegligibleNarrow = 2.44140625e-4f;  // 2^-12
 struct FillTables {
   int64_t num_levels;  // distinct kernel values, the largest first; zeros left out
   const uint64_t (*level)[kWindowWords];  // taps of a level

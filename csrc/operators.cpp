@@ -120,7 +120,7 @@ void make_bit_map(const uint8_t* mask, int64_t height, int64_t width, int64_t wi
   }
 }
 
-void OwnedFillTables::build(const float* log_kernel, int64_t window) {
+void OwnedFillTables::build(const float* log_kernel, int64_t window, float negligible) {
   const int64_t taps = window * window;
   std::vector<float> values(log_kernel, log_kernel + taps);
   std::sort(values.begin(), values.end(), std::greater<float>());
@@ -140,7 +140,7 @@ void OwnedFillTables::build(const float* log_kernel, int64_t window) {
       if (log_kernel[tap] == values[l]) set(words[l], tap);
       const float ratio = std::exp(log_kernel[tap] - values[l]);
       numbers_[l * taps + tap] = ratio;
-      if (ratio > kNegligible) set(words[levels + l], tap);
+      if (ratio > negligible) set(words[levels + l], tap);
     }
     numbers_[levels * taps + tap] = std::exp(log_kernel[tap]);
     if (numbers_[levels * taps + tap] > 0.0f) set(words[2 * levels], tap);
@@ -220,7 +220,7 @@ void hard_fill(const KernelTable& table, const float* features, const uint8_t* m
   const int64_t positions = height * width;
   uint8_t* bits = thread_scratch().get<uint8_t>(0, bit_map_size(height, width, window));
   OwnedFillTables tables;
-  tables.build(log_kernel, window);
+  tables.build(log_kernel, window, kNegligible);
   for (int64_t image = 0; image < batch; ++image) {
     make_bit_map(mask + image * positions, height, width, window, bits);
     FillCall call{};

@@ -64,6 +64,7 @@ constexpr int64_t kSpecVersion = 2;
 
 struct BlockArrays {
   const void* x;         // (batch, height, width, in_channels)
+  bool planar;           // only with kRowMerge: x is (batch, in_channels, height, width)
   const void* shortcut;  // (batch, out_height, out_width, out_channels), or null: none
   const float* const*
       noise;  // per mask (batch, mask size) added to the logits, or null where given

@@ -79,21 +79,30 @@ static inline void accumulate(Vec (&acc)[MR][kVecs], const Element* const* rows,
 
 // out[0..left) of one row = relu?(acc + residual)
 template <class Out>
-static inline void store_row(const Vec* acc, const Element* residual, bool clamp, Out* out,
-                             int64_t left) {
-  for (int v = 0; v < kVecs; ++v) {
-    const int64_t n = left - v * Vec::lanes;
-    if (n <= 0) break;
-    Vec y = acc[v];
-    const bool whole = n >= Vec::lanes;
+static inline void store_row(Vec* acc, const Element* residual, bool clamp, bool past_caches,
+                             Out* out, int64_t left) {
+  if (left >= kColumns) {
     if (residual)
-      y = add(y, whole ? Vec::load(residual + v * Vec::lanes)
-                       : Vec::load_part(residual + v * Vec::lanes, (int)n));
+      for (int v = 0; v < kVecs; ++v) acc[v] = add(acc[v], Vec::load(residual + v * Vec::lanes));
+    if (clamp)
+      for (int v = 0; v < kVecs; ++v) acc[v] = relu(acc[v]);
+    for (int v = 0; v < kVecs; v += 2) {
+      if (past_caches) {
+        stream_pair(out + v * Vec::lanes, acc[v], acc[v + 1]);
+      } else {
+        acc[v].store(out + v * Vec::lanes);
+        acc[v + 1].store(out + (v + 1) * Vec::lanes);
+      }
+    }
+    return;
+  }
+  for (int v = 0; v * Vec::lanes < left; ++v) {
+    const int64_t rest = left - v * Vec::lanes;
+    const int n = rest < Vec::lanes ? (int)rest : Vec::lanes;
+    Vec y = acc[v];
+    if (residual) y = add(y, Vec::load_part(residual + v * Vec::lanes, n));
     if (clamp) y = relu(y);
-    if (whole)
-      y.store(out + v * Vec::lanes);
-    else
-      y.store_part(out + v * Vec::lanes, (int)n);
+    y.store_part(out + v * Vec::lanes, n);
   }
 }
 
@@ -127,9 +136,9 @@ static inline void conv_tile(const ConvCall& call, const Element* const* rows,
         call.residual ? element_row(call.residual, position * call.residual_stride + column)
                       : nullptr;
     if (kUnit == 1 || !call.float_output)
-      store_row(acc[m], residual, call.relu, (Element*)call.output + at, left);
+      store_row(acc[m], residual, call.relu, call.stream, (Element*)call.output + at, left);
     else
-      store_row(acc[m], residual, call.relu, (float*)call.output + at, left);
+      store_row(acc[m], residual, call.relu, call.stream, (float*)call.output + at, left);
   }
 }
 
@@ -293,4 +302,5 @@ static void conv(const ConvCall& call, int64_t panel_begin, int64_t panel_end, i
       packed += taps * ((range + kUnit - 1) / kUnit) * kPanel;
     }
   }
+  if (call.stream) stream_fence();
 }

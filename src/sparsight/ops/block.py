@@ -97,10 +97,10 @@ def pack(
     return packed_weight, packed_bias
 
 
-def _fill_tables(log_kernel: Tensor) -> tuple[int, list[int], Tensor]:
+def _fill_tables(log_kernel: Tensor, dtype: torch.dtype) -> tuple[int, list[int], Tensor]:
     """Number of levels, sets of taps and ratios of an interpolation kernel; see csrc/kernels.h."""
     logs = log_kernel.detach().float().contiguous()
-    levels, words, numbers = _kernels.fill_tables(logs.data_ptr(), logs.shape[0])
+    levels, words, numbers = _kernels.fill_tables(logs.data_ptr(), logs.shape[0], _unit(dtype))
     return levels, words, torch.tensor(numbers)
 
 
@@ -166,7 +166,7 @@ def pack_block(
         window = 1 if m.log_kernel is None else m.log_kernel.shape[0]
         levels, words_at, ratios_at = 0, -1, -1
         if m.log_kernel is not None:
-            levels, words, numbers = _fill_tables(m.log_kernel)
+            levels, words, numbers = _fill_tables(m.log_kernel, dtype)
             words_at, ratios_at = sets_at + len(sets), store(numbers)
             sets += words
         eps_at = -1 if m.eps is None else store(torch.tensor([m.eps]))

@@ -310,7 +310,10 @@ def sampled_block(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel form of `ops.block.sampled_block`; there is one instruction set for bfloat16."""
-    x = _rows(x)
+    # An image arrives in planes: a kernel that copies it anyway (csrc merge_rows) reads them.
+    planar = not x.is_contiguous(memory_format=torch.channels_last) and x.is_contiguous()
+    planar = planar and bool(spec[_kernels.ROW_MERGE_FIELD])
+    x = x if planar else _rows(x)
     shortcut = None if shortcut is None else _rows(shortcut)
     batch, _, height, width = x.shape
     if out is None:
@@ -321,6 +324,7 @@ def sampled_block(
     given = [None if g is None else g.contiguous() for g in given]
     bad_image = _kernels.sampled_block(
         x.data_ptr(),
+        planar,
         _pointer(shortcut),
         [_pointer(n) for n in noise],
         [_pointer(g) for g in given],
