@@ -48,18 +48,39 @@ static inline const Element* tap_row(const ConvCall& call, SiteOrigin o, int64_t
   return element_row(call.input, (y * g.width + x) * call.input_stride);
 }
 
-// acc += rows[0..MR) (channels) x packed (channels x 32, this half). `next` are the rows of the
-// tile after this one, drawn towards the cache meanwhile: sites are scattered, the hardware cannot
-// guess.
-template <int MR, bool PREFETCH>
+// What a tile draws towards the caches for whoever comes after it.
+enum class Ahead { nothing, rows, weights };
+
+// One register tile: up to kRows sites, one half or whole panel.
+struct Tile {
+  const Element* const* rows;  // [tap][kRows]
+  int live;                    // sites that are stored; the others repeat the last one
+  const int64_t* in_row;       // of each site, its index in the list
+  int64_t taps, range, first_channel;
+  const float* packed;
+  const float* bias;  // or null
+  int64_t column, left;
+  // Rows of the tile after this one: sites are scattered, the hardware cannot guess. Or null.
+  const Element* const* next_rows;
+  // The weights that come after these, which would otherwise arrive from afar in the middle of the
+  // first tile that needs them. Or null.
+  const float* next_packed;
+};
+
+// acc += rows[0..MR) (channels) x packed (channels x 32, this half)
+template <int MR, Ahead AHEAD>
 static inline void accumulate(Vec (&acc)[MR][kVecs], const Element* const* rows,
-                              const Element* const* next, const float* packed, int64_t channels) {
+                              const Element* const* next_rows, const float* packed,
+                              const float* next_packed, int64_t channels) {
   const Element* r[MR];
   for (int m = 0; m < MR; ++m) r[m] = rows[m];
   const int64_t units = channels / kUnit;
   for (int64_t u = 0; u < units; ++u) {
-    if (PREFETCH && u % 16 == 0)
-      for (int m = 0; m < MR; ++m) __builtin_prefetch(next[m] + u * kUnit);
+    if (AHEAD == Ahead::rows && u % 16 == 0)
+      for (int m = 0; m < MR; ++m) __builtin_prefetch(next_rows[m] + u * kUnit);
+    if (AHEAD == Ahead::weights)
+      for (int line = 0; line < kColumns; line += 16)
+        __builtin_prefetch(next_packed + u * kPanel + line, 0, 2);
     Vec w[kVecs];
     for (int v = 0; v < kVecs; ++v) w[v] = Vec::load(packed + v * Vec::lanes);
     packed += kPanel;
@@ -107,67 +128,52 @@ static inline void store_row(Vec* acc, const Element* residual, bool clamp, bool
 }
 
 template <int MR>
-static inline void conv_tile(const ConvCall& call, const Element* const* rows,
-                             const Element* const* next, int64_t taps, int64_t range,
-                             int64_t first_channel, const float* packed, const float* bias,
-                             int64_t column, int64_t left, const int64_t* in_row, int live) {
+static inline void conv_tile(const ConvCall& call, const Tile& tile) {
   Vec acc[MR][kVecs];
   for (int v = 0; v < kVecs; ++v) {
-    const Vec b = bias ? Vec::load(bias + v * Vec::lanes) : Vec::zero();
+    const Vec b = tile.bias ? Vec::load(tile.bias + v * Vec::lanes) : Vec::zero();
     for (int m = 0; m < MR; ++m) acc[m][v] = b;
   }
-  for (int64_t t = 0; t < taps; ++t) {
-    const Element* shifted[MR];
-    for (int m = 0; m < MR; ++m) shifted[m] = rows[t * kRows + m] + first_channel;
-    const float* weights = packed + t * ((range + kUnit - 1) / kUnit) * kPanel;
-    if (next) {
-      const Element* ahead[MR];
-      for (int m = 0; m < MR; ++m) ahead[m] = next[t * kRows + m] + first_channel;
-      accumulate<MR, true>(acc, shifted, ahead, weights, range);
+  const int64_t tap_floats = (tile.range + kUnit - 1) / kUnit * kPanel;
+  for (int64_t t = 0; t < tile.taps; ++t) {
+    const Element* rows[MR];
+    for (int m = 0; m < MR; ++m) rows[m] = tile.rows[t * kRows + m] + tile.first_channel;
+    const float* packed = tile.packed + t * tap_floats;
+    if (tile.next_rows) {
+      const Element* next[MR];
+      for (int m = 0; m < MR; ++m) next[m] = tile.next_rows[t * kRows + m] + tile.first_channel;
+      accumulate<MR, Ahead::rows>(acc, rows, next, packed, nullptr, tile.range);
+    } else if (tile.next_packed) {
+      accumulate<MR, Ahead::weights>(acc, rows, nullptr, packed, tile.next_packed + t * tap_floats,
+                                     tile.range);
     } else {
-      accumulate<MR, false>(acc, shifted, shifted, weights, range);
+      accumulate<MR, Ahead::nothing>(acc, rows, nullptr, packed, nullptr, tile.range);
     }
   }
   for (int m = 0; m < MR; ++m) {
-    if (m >= live) break;
-    const int64_t position = site_at(call, in_row[m]);
-    const int64_t at = (call.compact_output ? in_row[m] : position) * call.output_stride + column;
+    if (m >= tile.live) break;
+    const int64_t row = tile.in_row[m], position = site_at(call, row);
+    const int64_t at = (call.compact_output ? row : position) * call.output_stride + tile.column;
     const Element* residual =
-        call.residual ? element_row(call.residual, position * call.residual_stride + column)
+        call.residual ? element_row(call.residual, position * call.residual_stride + tile.column)
                       : nullptr;
     if (kUnit == 1 || !call.float_output)
-      store_row(acc[m], residual, call.relu, call.stream, (Element*)call.output + at, left);
+      store_row(acc[m], residual, call.relu, call.stream, (Element*)call.output + at, tile.left);
     else
-      store_row(acc[m], residual, call.relu, call.stream, (float*)call.output + at, left);
+      store_row(acc[m], residual, call.relu, call.stream, (float*)call.output + at, tile.left);
   }
 }
 
-static inline void dispatch_tile(int live, const ConvCall& call, const Element* const* rows,
-                                 const Element* const* next, int64_t taps, int64_t range,
-                                 int64_t first_channel, const float* packed, const float* bias,
-                                 int64_t column, int64_t left, const int64_t* in_row) {
+static inline void dispatch_tile(const ConvCall& call, const Tile& tile) {
 #if defined(SPARSIGHT_AVX512)
-  if (live > 8)
-    return conv_tile<12>(call, rows, next, taps, range, first_channel, packed, bias, column, left,
-                         in_row, live);
-  if (live > 4)
-    return conv_tile<8>(call, rows, next, taps, range, first_channel, packed, bias, column, left,
-                        in_row, live);
+  if (tile.live > 8) return conv_tile<12>(call, tile);
+  if (tile.live > 4) return conv_tile<8>(call, tile);
 #endif
-#if !defined(SPARSIGHT_AVX512) && !defined(SPARSIGHT_AVX2)
-  if (live > 1)
-    return conv_tile<2>(call, rows, next, taps, range, first_channel, packed, bias, column, left,
-                        in_row, live);
-#else
-  if (live > 2)
-    return conv_tile<4>(call, rows, next, taps, range, first_channel, packed, bias, column, left,
-                        in_row, live);
-  if (live > 1)
-    return conv_tile<2>(call, rows, next, taps, range, first_channel, packed, bias, column, left,
-                        in_row, live);
+#if defined(SPARSIGHT_AVX512) || defined(SPARSIGHT_AVX2)
+  if (tile.live > 2) return conv_tile<4>(call, tile);
 #endif
-  conv_tile<1>(call, rows, next, taps, range, first_channel, packed, bias, column, left, in_row,
-               live);
+  if (tile.live > 1) return conv_tile<2>(call, tile);
+  conv_tile<1>(call, tile);
 }
 
 // Row pointers of up to kRows sites for all taps, [tap][kRows]; missing sites repeat the last one.
@@ -273,33 +279,41 @@ static void conv(const ConvCall& call, int64_t panel_begin, int64_t panel_end, i
                  int64_t end) {
   if (call.kind == PackKind::lanes) return conv_lanes(call, panel_begin, panel_end, begin, end);
   const ConvGeometry& g = call.geometry;
-  const int64_t taps = g.kernel_h * g.kernel_w;
   const Element* buffers[2][kMaxTaps * kRows];
   int64_t in_rows[2][kRows];
   int current = 0;
   if (begin < end) gather_rows(call, begin, live_rows(end - begin), buffers[0], in_rows[0]);
-  const int64_t offset = packed_offset(g, PackKind::panel, panel_begin, kUnit);
-  const int64_t range = g.in_channels / g.groups;
-  for (int64_t tile = begin; tile < end; tile += kRows) {
-    const int live = live_rows(end - tile);
-    const Element* const* rows = buffers[current];
-    const int64_t* in_row = in_rows[current];
+  Tile tile{};
+  tile.taps = g.kernel_h * g.kernel_w;
+  tile.range = g.in_channels / g.groups;
+  const int64_t panel_floats = packed_offset(g, PackKind::panel, 1, kUnit);
+  // After the last panels of all, somebody begins with the first ones again.
+  const int64_t panels = panel_count(g, PackKind::panel);
+  const int64_t next_panels = panel_end < panels ? panel_end - panel_begin : -panel_begin;
+  for (int64_t first = begin; first < end; first += kRows) {
+    const bool is_last = first + kRows >= end;
+    tile.live = live_rows(end - first);
+    tile.rows = buffers[current];
+    tile.in_row = in_rows[current];
     current ^= 1;
-    const Element* const* next = nullptr;
-    if (tile + kRows < end) {
-      gather_rows(call, tile + kRows, live_rows(end - tile - kRows), buffers[current],
+    if (!is_last)
+      gather_rows(call, first + kRows, live_rows(end - first - kRows), buffers[current],
                   in_rows[current]);
-      next = buffers[current];
-    }
-    const float* packed = call.weight + offset;
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const Panel at = panel_at(g, panel);
-      const float* bias = call.bias ? call.bias + panel * kPanel : nullptr;
-      for (int64_t half = 0; half < at.width; half += kColumns)
-        dispatch_tile(live, call, rows, half == 0 && panel == panel_begin ? next : nullptr, taps,
-                      range, at.first_in, packed + half, bias ? bias + half : nullptr,
-                      at.first_out + half, at.width - half, in_row);
-      packed += taps * ((range + kUnit - 1) / kUnit) * kPanel;
+      tile.first_channel = at.first_in;
+      tile.next_rows = !is_last && panel == panel_begin ? buffers[current] : nullptr;
+      for (int64_t half = 0; half < at.width; half += kColumns) {
+        tile.packed = call.weight + panel * panel_floats + half;
+        const int64_t next = panel + next_panels;
+        tile.next_packed =
+            is_last && next < panels ? call.weight + next * panel_floats + half : nullptr;
+        tile.bias = call.bias ? call.bias + panel * kPanel + half : nullptr;
+        tile.column = at.first_out + half;
+        tile.left = at.width - half;
+        dispatch_tile(call, tile);
+        tile.next_rows = nullptr;
+      }
     }
   }
   if (call.stream) stream_fence();
