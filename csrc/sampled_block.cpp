@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "deform_conv.h"
 #include "operators.h"
 #include "pack.h"
 #include "threads.h"
@@ -26,7 +27,9 @@ enum Slot {
   kBits,
   kStageA,
   kStageB,
-  kMerged
+  kMerged,
+  kOffsets,
+  kMixed
 };
 
 const int64_t* mask_fields(const int64_t* spec, int64_t m) {
@@ -63,6 +66,10 @@ ConvGeometry stage_geometry(const int64_t* stage, int64_t height, int64_t width)
 bool is_pointwise(const int64_t* stage) {
   return stage[kKernelH] == 1 && stage[kKernelW] == 1 && stage[kStrideH] == 1 &&
          stage[kStrideW] == 1 && stage[kPadH] == 0 && stage[kPadW] == 0;
+}
+
+bool is_deformable(const int64_t* stage) {
+  return stage[kOffsetGroups] > 0;
 }
 
 struct Mask {
@@ -335,9 +342,78 @@ struct Runner {
     return bytes >= kStreamedBytes && reinterpret_cast<uintptr_t>(output) % 64 == 0;
   }
 
+  // Where a deformable reader looks is known only once its offsets are: every hole of mask m.
+  int64_t all_holes(int64_t m, int32_t* holes) {
+    const Mask& mask = masks[m];
+    const int64_t positions = mask.height * mask.width;
+    auto* needed = scratch.get<uint8_t>(kNeeded, positions);
+    for (int64_t p = 0; p < positions; ++p) needed[p] = !mask.bytes[p];
+    return list_sites(needed, positions, holes);
+  }
+
+  // Offsets and modulation of a deformable stage at its sites, in compact rows.
+  const float* run_offsets(const int64_t* stage, const ConvCall& stage_call, const Mask& mask,
+                           const void* block_input) {
+    const int64_t taps = stage[kOffsetGroups] * stage[kKernelH] * stage[kKernelW];
+    const int64_t moves = 2 * taps, columns = stage[kModulated] ? 3 * taps : moves;
+    ConvCall call{};
+    call.geometry = stage_call.geometry;
+    call.geometry.in_channels = stage[kGuided] ? a.spec[kInChannels] : stage[kStageIn];
+    call.geometry.out_channels = columns;
+    call.geometry.groups = 1;
+    call.kind = pack_kind(call.geometry.in_channels, columns, 1);
+    call.input = stage[kGuided] ? block_input : stage_call.input;
+    call.input_stride = call.geometry.in_channels;
+    call.zero_row = stage_call.zero_row;
+    call.sites = stage_call.sites;
+    call.weight = a.params + stage[kOffsetWeight];
+    call.bias = a.params + stage[kOffsetBias];
+    float* rows = scratch.get<float>(kOffsets, std::max<int64_t>(1, mask.count) * columns);
+    call.output = rows;
+    call.float_output = true;
+    call.output_stride = columns;
+    call.compact_output = true;
+    run_conv(table, call, mask.count, threads);
+    if (stage[kModulated])
+      parallel_ranges(threads, mask.count, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          for (float* x = rows + i * columns + moves; x < rows + (i + 1) * columns; ++x)
+            *x = 1.0f / (1.0f + std::exp(-*x));
+      });
+    return rows;
+  }
+
+  // One convolution at the sites of its mask, deformable or not. What a deformable one reads of its
+  // input is known only here, so that the input is complete.
+  void run_stage(const int64_t* stage, const ConvCall& call, const Mask& mask,
+                 const void* block_input) {
+    if (!is_deformable(stage)) {
+      run_conv(table, call, mask.count, threads);
+      return;
+    }
+    const ConvGeometry& g = call.geometry;
+    const int64_t taps = g.kernel_h * g.kernel_w;
+    GatherCall gather{};
+    gather.geometry = g;
+    gather.offset_groups = stage[kOffsetGroups];
+    gather.input = call.input;
+    gather.input_stride = call.input_stride;
+    gather.zero_row = call.zero_row;
+    gather.sites = mask.sites;
+    gather.offset = run_offsets(stage, call, mask, block_input);
+    gather.offset_stride = (stage[kModulated] ? 3 : 2) * gather.offset_groups * taps;
+    if (stage[kModulated]) gather.modulation = gather.offset + 2 * gather.offset_groups * taps;
+    gather.modulation_stride = gather.offset_stride;
+    gather.compact_offset = true;
+    gather.output =
+        scratch.get<char>(kMixed, gather_block(g) * taps * g.in_channels * table.element_size);
+    run_deform_conv(table, gather, call, mask.count, threads);
+  }
+
   void run_image(int64_t image) {
     const int64_t stages = a.spec[kNumStages];
-    const void* input = image_of(a.x, image * a.height * a.width * a.spec[kInChannels]);
+    const void* block_input = image_of(a.x, image * a.height * a.width * a.spec[kInChannels]);
+    const void* input = block_input;
     int64_t height = a.height, width = a.width;
     int64_t widest = 0;
     for (int64_t s = 0; s < stages; ++s) widest = std::max(widest, stage_spec(s)[kStageIn]);
@@ -354,7 +430,8 @@ struct Runner {
       const Mask& mask = m < 0 ? everywhere : masks[m];
       const bool last = s + 1 == stages;
       const int64_t* next = last ? nullptr : stage_spec(s + 1);
-      const bool stays = !last && is_pointwise(next) && next[kStageMask] == m;
+      const bool stays =
+          !last && is_pointwise(next) && !is_deformable(next) && next[kStageMask] == m;
       if (a.spec[kRowMerge]) {
         input = merge_rows(input, call.geometry);
         call.geometry.groups = 1;
@@ -383,7 +460,7 @@ struct Runner {
         call.residual = shortcut;
         call.residual_stride = stage[kStageOut];
         call.relu = a.spec[kReluOut] || stage[kStageRelu];
-        run_conv(table, call, mask.count, threads);
+        run_stage(stage, call, mask, block_input);
         return;
       }
       const int64_t rows = call.compact_output ? mask.count : mask.height * mask.width;
@@ -391,7 +468,7 @@ struct Runner {
           scratch.get<char>(s % 2 ? kStageB : kStageA,
                             std::max<int64_t>(1, rows) * stage[kStageOut] * table.element_size);
       call.output = output;
-      run_conv(table, call, mask.count, threads);
+      run_stage(stage, call, mask, block_input);
       if (last) {
         auto* row_of = scratch.get<int32_t>(kRowOf, mask.height * mask.width);
         for (int64_t i = 0; i < mask.count; ++i) row_of[mask.sites[i]] = static_cast<int32_t>(i);
@@ -423,7 +500,9 @@ struct Runner {
         const Mask all = {reader.out_height, reader.out_width, reader.out_height * reader.out_width,
                           nullptr, nullptr};
         const int64_t count =
-            needed_holes(m, reader, next_mask < 0 ? all : masks[next_mask], holes);
+            is_deformable(next)
+                ? all_holes(m, holes)
+                : needed_holes(m, reader, next_mask < 0 ? all : masks[next_mask], holes);
         parallel_ranges(threads, count,
                         [&](int64_t begin, int64_t end) { table.fill(fill, begin, end); });
       }

@@ -41,7 +41,7 @@ enum MaskField {
   kEps,     // offset of one float, or -1: exact
   kMaskFields
 };
-// kStageMask is -1 for a stage that is computed everywhere.
+// kStageMask is -1 for a stage that is computed everywhere; a deformable one has a mask.
 enum StageField {
   kStageIn,
   kStageOut,
@@ -58,9 +58,14 @@ enum StageField {
   kStageRelu,
   kStageWeight,
   kStageBias,
+  kOffsetGroups,  // 0: the taps stay where they are; otherwise a deformable convolution
+  kModulated,     // 1: each tap has a factor, the sigmoid of one more column
+  kGuided,        // 1: its offsets are made of the block's input; 0: of its own
+  kOffsetWeight,  // of the convolution that makes them, of this one's geometry; its columns are
+  kOffsetBias,    // [offset group][tap][y, x], then [offset group][tap] of the modulation
   kStageFields
 };
-constexpr int64_t kSpecVersion = 2;
+constexpr int64_t kSpecVersion = 3;
 
 struct BlockArrays {
   const void* x;         // (batch, height, width, in_channels)

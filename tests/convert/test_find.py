@@ -11,6 +11,7 @@ from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from sparsight.convert.find import ConversionError, find_targets
+from sparsight.nn import DeformableBlock, DeformableConv2d
 
 
 class OtherForward(BasicBlock):
@@ -25,6 +26,16 @@ class SameForward(BasicBlock):
 class ScaledConv(nn.Conv2d):
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+class OwnDeformable(DeformableConv2d):
+    def forward(self, x, guide=None, *, sites=None):
+        return super().forward(x, guide, sites=sites) + 1
+
+
+class OwnDeformableBlock(DeformableBlock):
+    def forward(self, x):
+        return super().forward(x) + 1
 
 
 def refusals(model, where=None):
@@ -47,6 +58,17 @@ def test_default_takes_every_residual_block():
 
 def test_default_takes_a_subclass_with_the_same_forward():
     assert list(find_targets(nn.Sequential(SameForward(4, 4))).blocks) == ["0"]
+
+
+def test_default_takes_blocks_whose_second_convolution_is_deformable():
+    blocks = [
+        DeformableBlock(BasicBlock(4, 4)),
+        DeformableBlock(Bottleneck(16, 4)),
+        BasicBlock(4, 4),
+    ]
+    blocks[2].conv2 = DeformableConv2d.from_conv(blocks[2].conv2)
+    targets = find_targets(nn.Sequential(*blocks))
+    assert list(targets.blocks) == ["0", "1", "2"] and targets.left_dense == []
 
 
 def test_outermost_selection_wins():
@@ -87,6 +109,12 @@ def edit(change):
     return block
 
 
+def edit_deformable(change):
+    block = DeformableBlock(Bottleneck(16, 4))
+    change(block)
+    return block
+
+
 UNFIT_BLOCKS = {
     "forward": (OtherForward(4, 4), "another forward"),
     "patched": (edit(lambda b: setattr(b, "forward", b.forward)), "another forward"),
@@ -114,6 +142,38 @@ UNFIT_BLOCKS = {
     ),
     "extra child": (edit(lambda b: setattr(b, "attention", nn.Identity())), "attention"),
     "hook": (edit(lambda b: b.register_forward_hook(lambda *a: None)), "hooks are registered"),
+    "guided where nobody guides": (
+        edit(lambda b: setattr(b, "conv2", DeformableConv2d(4, 4, 3, 1, 1, guide_channels=16))),
+        "conv2: it is to be guided, and torchvision's Bottleneck does not guide it; use a Deform",
+    ),
+    "deformable conv1": (
+        edit(lambda b: setattr(b, "conv1", DeformableConv2d(16, 4, 1))),
+        "conv1: DeformableConv2d has another forward",
+    ),
+    "deformable class": (
+        edit(lambda b: setattr(b, "conv2", OwnDeformable(4, 4, 3, padding=1))),
+        "conv2: OwnDeformable has another forward than DeformableConv2d",
+    ),
+    "deformable padding": (
+        edit(lambda b: setattr(b, "conv2", DeformableConv2d(4, 4, 3))),
+        "conv2: padding is not half",
+    ),
+    "guide that nobody asked for": (
+        edit_deformable(lambda b: setattr(b, "conv2", DeformableConv2d(4, 4, 3, padding=1))),
+        "conv2: a DeformableBlock guides it",
+    ),
+    "guide for a plain convolution": (
+        edit_deformable(lambda b: setattr(b, "conv2", nn.Conv2d(4, 4, 3, padding=1))),
+        "conv2: a Conv2d is not a DeformableConv2d",
+    ),
+    "forward of a deformable block": (
+        OwnDeformableBlock(Bottleneck(16, 4)),
+        "OwnDeformableBlock has another forward than DeformableBlock",
+    ),
+    "extra child of a deformable block": (
+        edit_deformable(lambda b: setattr(b, "attention", nn.Identity())),
+        "its children are not those of DeformableBlock: attention",
+    ),
     "lazy": (
         edit(lambda b: setattr(b, "conv1", nn.LazyConv2d(4, 1))),
         "conv1: it is lazy",
@@ -147,6 +207,7 @@ def parametrised():
 
 
 UNFIT_LAYERS = {
+    "deformable": (lambda: DeformableConv2d(4, 4, 1), "DeformableConv2d has another forward"),
     "transposed": (lambda: nn.ConvTranspose2d(4, 4, 2), "ConvTranspose2d is neither"),
     "linear": (lambda: nn.Linear(4, 4), "Linear is neither"),
     "one dimension": (lambda: nn.Conv1d(4, 4, 1), "Conv1d is neither"),

@@ -15,12 +15,15 @@ from sparsight.convert import ConversionError
 from sparsight.nn import (
     AveragePoolInterpolation,
     ConvInterpolation,
+    DeformableBlock,
+    DeformableConv2d,
     NearestInterpolation,
     RBFInterpolation,
     Sampler,
     ZeroFill,
 )
 from sparsight.nn.frozen_block import FrozenBlock
+from sparsight.ops import sites_from_mask
 
 # Relative to the largest output; the two paths round differently, layer by layer.
 TOLERANCE = 1e-4
@@ -49,6 +52,17 @@ def tiny(block: type, **kwargs) -> nn.Module:
     model.layer3 = model.layer4 = nn.Identity()
     model.fc = nn.Linear(128 * block.expansion, 7)
     return randomise_norms(model)
+
+
+def deformable(is_modulated: bool) -> nn.Module:
+    """The tiny network with moving taps in its second stage, as the published ones."""
+    model = tiny(Bottleneck)
+    for name, block in list(model.layer2.named_children()):
+        moving = DeformableBlock(block, is_modulated=is_modulated)
+        nn.init.normal_(moving.conv2.offset.weight, std=0.03)
+        nn.init.normal_(moving.conv2.offset.bias)
+        setattr(model.layer2, name, moving)
+    return model.eval()
 
 
 def relative_error(frozen, converted) -> float:
@@ -86,6 +100,45 @@ def test_frozen_equals_converted_at_every_density(layout, block, bias) -> None:
     model = sparsight.sparsify(tiny(block), layout=layout, sampler=partial(Sampler, noise=noise))
     set_bias(model, bias)
     assert_frozen_equals(model.eval(), torch.randn(3, 3, 33, 25))
+
+
+@pytest.mark.parametrize("is_modulated", [False, True])
+@pytest.mark.parametrize("layout", ["a", "b", "c"])
+def test_a_network_with_deformable_blocks_sparsifies_and_freezes(layout, is_modulated) -> None:
+    source, x = deformable(is_modulated), torch.randn(2, 3, 65, 49)
+    model = sparsight.sparsify(source, layout=layout, example=x).eval()
+    assert [type(block).__name__ for block in model.layer2] == ["SampledBlock"] * 2
+    set_bias(model, 1e4)
+    with torch.no_grad():
+        assert relative_error(model(x), source(x)) < TOLERANCE
+    for bias in (1e4, -0.5, -1e4):
+        set_bias(model, bias)
+        frozen = assert_frozen_equals(model, x)
+        assert all(isinstance(block, FrozenBlock) for block in frozen.layer2)
+
+
+class AtSites(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = DeformableConv2d(3, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x, sites=sites_from_mask(x[:, :1] > 0))
+
+
+def test_a_deformable_convolution_at_given_sites_freezes() -> None:
+    source, x = AtSites().eval(), torch.randn(1, 3, 9, 11)
+    nn.init.normal_(source.conv.offset.weight, std=0.3)
+    frozen = sparsight.freeze(source, example=x)
+    with torch.no_grad():
+        assert relative_error(frozen(x), source(x)) < TOLERANCE
+
+
+def test_a_dense_network_with_deformable_blocks_freezes() -> None:
+    source, x = deformable(True), torch.randn(1, 3, 65, 49)
+    frozen = sparsight.freeze(source, example=x)
+    with torch.no_grad():
+        assert relative_error(frozen(x), source(x)) < TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@
     python tests/fuzz/run.py --cases 100000 --seed 7   the long run, by hand
     python tests/fuzz/run.py --case 4711               one case again
 
-Case number n is a convolution, an interpolation or a block, drawn from (seed, n) alone: shape,
-stride, dilation, groups, density, layout and alignment of the inputs. Every instruction set of this
-machine runs it on one thread, within the bound of the table in tests/ops/conftest.py, and on two
-threads, bit for bit the same. Outputs start as NaN between guards. Exits with 1 at the first miss.
+Case number n is a convolution, an interpolation or a block (deformable or not), drawn from
+(seed, n) alone: shape, stride, dilation, groups, density, layout and alignment of the inputs. Every
+instruction set of this machine runs it on one thread, within the bound of the table in
+tests/ops/conftest.py, and on two threads, bit for bit the same. Outputs start as NaN between
+guards. Exits with 1 at the first miss.
 """
 
 import argparse
@@ -24,7 +25,13 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from sparsight.nn import RBFInterpolation, SampledBlock, ZeroFill
+from sparsight.nn import (
+    DeformableBlock,
+    DeformableConv2d,
+    RBFInterpolation,
+    SampledBlock,
+    ZeroFill,
+)
 from sparsight.nn.frozen_block import FrozenBlock
 from sparsight.ops import cpu, reference
 
@@ -103,7 +110,10 @@ def fuzz_interpolation(draw) -> str:
 
 
 def draw_block(draw) -> tuple[SampledBlock, str]:
-    """A residual block of torchvision without norms, converted, its masks given."""
+    """A residual block of torchvision without norms, converted, its masks given.
+
+    One in three has a conv2 whose taps move, by about two pixels.
+    """
     one_of = draw.one_of
     cls = one_of(BasicBlock, Bottleneck, Bottleneck)
     stride, dilation, groups, width = one_of(1, 1, 2), 1, 1, 64
@@ -127,6 +137,19 @@ def draw_block(draw) -> tuple[SampledBlock, str]:
         dilation,
         norm_layer=lambda channels: nn.Identity(),
     )
+    moves = "no offsets"
+    if one_of(True, False, False):
+        channels = block.conv2.in_channels
+        options = {
+            "offset_groups": one_of(*(n for n in (1, 1, 2, 3) if channels % n == 0)),
+            "is_modulated": one_of(True, False),
+        }
+        if block.conv1.stride == (1, 1) and one_of(True, True, False):
+            moves = f"guided offsets {options}"
+            block = DeformableBlock(block, **options)
+        else:
+            moves = f"own offsets {options}"
+            block.conv2 = DeformableConv2d.from_conv(block.conv2, **options)
     with torch.no_grad():
         for module in block.modules():
             if isinstance(module, nn.Conv2d):
@@ -148,7 +171,7 @@ def draw_block(draw) -> tuple[SampledBlock, str]:
     )
     note = (
         f"{cls.__name__}({in_channels}, {planes}), stride {stride}, dilation {dilation}, "
-        f"groups {groups}, width {width}, layout {layout}, {fill}"
+        f"groups {groups}, width {width}, {moves}, layout {layout}, {fill}"
     )
     return made, note
 

@@ -11,7 +11,15 @@ import sparsight
 from sparsight.convert.freeze import freeze
 from sparsight.measure import count_macs
 from sparsight.measure.sampled_layers import LayerMacs, join
-from sparsight.nn import RBFInterpolation, SampledBlock, SampledConv2d, Sampler, ZeroFill
+from sparsight.nn import (
+    DeformableBlock,
+    DeformableConv2d,
+    RBFInterpolation,
+    SampledBlock,
+    SampledConv2d,
+    Sampler,
+    ZeroFill,
+)
 
 
 def convolve_by_hand(conv, mask):
@@ -76,7 +84,11 @@ def block_by_hand(block, masks, window):
     total = heads
     for i, (conv, gate) in enumerate(zip(convs, gates, strict=True)):
         total += convolve_by_hand(conv, gate)
-        if i + 1 < len(convs):
+        if isinstance(conv, DeformableConv2d):
+            total += convolve_by_hand(conv.offset, gate)
+        if i + 1 < len(convs) and isinstance(convs[i + 1], DeformableConv2d):
+            total += fill_by_hand(gate, window, conv.out_channels)  # it may look anywhere
+        elif i + 1 < len(convs):
             total += fill_by_hand(gate, window, conv.out_channels, convs[i + 1], gates[i + 1])
         else:
             total += fill_by_hand(gate, window, conv.out_channels)
@@ -92,7 +104,12 @@ def make_block(kind, stride, dilation, groups=1):
     inplanes = 8 if stride == 1 else 6
     down = nn.Sequential(conv1x1(inplanes, 8, stride), nn.BatchNorm2d(8)) if stride > 1 else None
     width = 64 if groups == 1 else 32
-    return Bottleneck(inplanes, 2, stride, down, groups, width, dilation)
+    block = Bottleneck(inplanes, 2, stride, down, groups, width, dilation)
+    if kind == "deformable":
+        return DeformableBlock(block, is_modulated=True)
+    if kind == "deformable of its own input":
+        block.conv2 = DeformableConv2d.from_conv(block.conv2)
+    return block
 
 
 def sample(block, layout, interpolation, bias=-0.5):
@@ -114,6 +131,8 @@ def sample(block, layout, interpolation, bias=-0.5):
         ("bottleneck", 1, 1, 1),
         ("bottleneck", 2, 1, 1),
         ("bottleneck", 1, 2, 2),
+        ("deformable", 2, 1, 1),
+        ("deformable of its own input", 1, 1, 2),
     ],
 )
 def test_block_counts_what_a_loop_counts(kind, stride, dilation, groups, layout):
@@ -208,6 +227,7 @@ def test_frozen_counts_what_converted_counts(layout):
     """Row by row: names, kinds, densities and multiply-adds, in one operator a block."""
     model = nn.Sequential(make_block("basic", 2, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, padding=1))
     model.append(make_block("bottleneck", 1, 2, groups=2))
+    model.append(make_block("deformable", 1, 1))
     sampler = functools.partial(Sampler, bias=-0.5, grid_stride=4)
     model = sparsight.sparsify(model, layout=layout, sampler=sampler).eval()
     x = torch.randn(2, 3, 13, 16)

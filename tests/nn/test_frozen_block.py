@@ -6,10 +6,13 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from sparsight.nn import (
+    DeformableBlock,
+    DeformableConv2d,
     RBFInterpolation,
     SampledBlock,
     SampledConv2d,
@@ -32,13 +35,20 @@ def randomise(norm: nn.Module) -> nn.Module:
     return norm.eval()
 
 
-def make_block(cls=Bottleneck, layout="b", sampler=None, fill=RBFInterpolation, **options):
+def make_block(
+    cls=Bottleneck, layout="b", sampler=None, fill=RBFInterpolation, deform=None, **options
+):
     torch.manual_seed(0)
-    shortcut = nn.Sequential(nn.Conv2d(12, 8 * cls.expansion, 1), nn.BatchNorm2d(8 * cls.expansion))
+    shortcut = nn.Sequential(
+        nn.Conv2d(12, 8 * cls.expansion, 1, options.get("stride", 1)),
+        nn.BatchNorm2d(8 * cls.expansion),
+    )
     block = cls(12, 8, downsample=shortcut, **options)
     for module in block.modules():
         if isinstance(module, nn.BatchNorm2d):
             randomise(module)
+    if deform is not None:
+        block = deformed(block, **deform)
 
     def default(in_channels, *, stride):
         made = Sampler(in_channels, stride=stride, bias=0.2)
@@ -47,6 +57,17 @@ def make_block(cls=Bottleneck, layout="b", sampler=None, fill=RBFInterpolation, 
 
     sampler = sampler or default
     return SampledBlock(block.eval(), layout=layout, sampler=sampler, interpolation=fill)
+
+
+def deformed(block, guided=True, **options):
+    """The block with a conv2 whose taps move by a pixel or two."""
+    if guided:
+        block = DeformableBlock(block, **options)
+    else:
+        block.conv2 = DeformableConv2d.from_conv(block.conv2, **options)
+    nn.init.normal_(block.conv2.offset.weight, std=0.1)
+    nn.init.normal_(block.conv2.offset.bias)
+    return block
 
 
 def make_conv(sampler="own", fill=None, **options) -> SampledConv2d:
@@ -133,6 +154,26 @@ def with_norm(norm):
     return block
 
 
+def with_offsets(guided=True, **changes):
+    """A deformable block whose convolution of offsets has been tampered with."""
+    block = make_block(deform={"guided": guided})
+    for name, value in changes.items():
+        setattr(block.conv2.offset, name, value)
+    return block
+
+
+def with_made_offsets(offset):
+    block = make_block(deform={})
+    block.conv2.offset = offset
+    return block
+
+
+def with_stride_before_a_guided_convolution():
+    block = make_block(deform={})
+    block.conv1.stride = (2, 2)
+    return block
+
+
 def with_activation(activation):
     block = make_block()
     block.relu = activation
@@ -158,6 +199,15 @@ def with_activation(activation):
         (with_norm(nn.GroupNorm(2, 8)), r"norm GroupNorm has no running statistics"),
         (with_norm(nn.BatchNorm2d(8, track_running_stats=False)), r"BatchNorm2d has no running"),
         (with_activation(nn.SiLU()), r"activation is SiLU and the kernels know ReLU"),
+        (make_block(deform={}), None),
+        (with_offsets(bias=None), None),
+        (with_made_offsets(nn.Identity()), r"offsets are made by a Identity and the kernels know"),
+        (with_offsets(dilation=(2, 2)), r"that makes its offsets has other numbers"),
+        (
+            with_offsets(padding_mode="reflect"),
+            r"'reflect' .* \(the convolution that makes its off",
+        ),
+        (with_stride_before_a_guided_convolution(), r"a stride comes before a deformable"),
     ],
 )
 def test_refusal_gives_the_reason_and_frozen_block_raises_it(source, reason):
@@ -227,6 +277,80 @@ def test_a_block_equals_its_source(cls, layout):
     assert [d.name for d in a.decisions] == [d.name for d in b.decisions]
     assert all(torch.equal(d.mask, e.mask) for d, e in zip(a.decisions, b.decisions, strict=True))
     assert 0.1 < a.decisions[0].mask.float().mean() < 0.9
+
+
+DEFORMABLE = {
+    "v1": (Bottleneck, {"deform": {}}),
+    "v1, own input": (Bottleneck, {"deform": {"guided": False}, "dilation": 2}),
+    "v1, strided": (Bottleneck, {"deform": {"offset_groups": 2}, "stride": 2}),
+    "v2": (Bottleneck, {"deform": {"is_modulated": True, "offset_groups": 4}}),
+    "v2, grouped": (
+        Bottleneck,
+        {"deform": {"is_modulated": True}, "groups": 2, "base_width": 64, "stride": 2},
+    ),
+    "v2, own input": (
+        Bottleneck,
+        {"deform": {"is_modulated": True, "guided": False}, "groups": 4, "base_width": 64},
+    ),
+    "v1, basic": (BasicBlock, {"deform": {}}),
+    "v2, basic, strided": (
+        BasicBlock,
+        {"deform": {"is_modulated": True, "guided": False}, "stride": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", ["a", "b", "c"])
+@pytest.mark.parametrize("kind", DEFORMABLE)
+def test_a_deformable_block_equals_its_source_at_every_density(kind, layout):
+    cls, options = DEFORMABLE[kind]
+    source = make_block(cls, layout, **options)
+    for bias in (-1e4, -0.5, 0.3, 1e4):
+        for sampler in source.samplers:
+            sampler.grid_stride = None
+            nn.init.constant_(sampler.head.bias, bias)
+        frozen = FrozenBlock(source)
+        x = torch.randn(2, 12, 13, 10)
+        with torch.no_grad(), record_sampling(source) as a, record_sampling(frozen) as b:
+            assert_close(frozen(x), source(x))
+        assert [d.macs for d in a.decisions] == [d.macs for d in b.decisions]
+        for d, e in zip(a.decisions, b.decisions, strict=True):
+            assert torch.equal(d.mask, e.mask)
+            assert d.mask.float().mean() in (0, 1) or abs(bias) < 1
+
+
+def test_a_deformable_block_is_one_operator_call():
+    class Calls(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "sparsight" or "conv" in func.name():
+                self.names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    source = make_block(deform={"is_modulated": True})
+    source.downsample = None
+    source.bn3, source.conv3 = nn.Identity(), nn.Conv2d(8, 12, 1)
+    frozen, x = FrozenBlock(source), torch.randn(1, 12, 9, 9)
+    with torch.no_grad(), Calls() as calls:
+        frozen(x)
+    assert calls.names == ["sparsight::sampled_block"]
+    with torch.no_grad(), Calls() as calls:
+        source(x)
+    assert "sparsight::sampled_deform_conv2d" in calls.names
+
+
+@pytest.mark.parametrize("is_modulated", [False, True])
+def test_a_deformable_block_compiles_and_exports(is_modulated):
+    frozen = FrozenBlock(make_block(deform={"is_modulated": is_modulated}))
+    x = torch.randn(2, 12, 9, 11)
+    compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), frozen(x))
+        program = torch.export.export(frozen, (x,))
+        assert torch.equal(program.module()(x), frozen(x))
 
 
 class Threshold(nn.Module):
@@ -343,8 +467,9 @@ def test_only_eval_mode_without_gradients_exists():
 
 
 @pytest.mark.parametrize("layout", ["a", "b", "c"])
-def test_gated_macs_are_the_sources(layout):
-    source = make_block(layout=layout, stride=1)
+@pytest.mark.parametrize("deform", [None, {}, {"is_modulated": True}])
+def test_gated_macs_are_the_sources(layout, deform):
+    source = make_block(layout=layout, stride=1, deform=deform)
     frozen = FrozenBlock(source)
     for i in range(len(source.samplers)):
         assert frozen.gated_macs(i, 13, 10) == source.gated_macs(i, 13, 10)

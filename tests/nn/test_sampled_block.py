@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+from torchvision.ops import deform_conv2d
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from sparsight.nn import (
     AveragePoolInterpolation,
     ConvInterpolation,
+    DeformableBlock,
+    DeformableConv2d,
     NearestInterpolation,
     RBFInterpolation,
     SampledBlock,
@@ -29,6 +32,13 @@ KINDS = {
     "resnext": (Bottleneck, {"groups": 4, "base_width": 32, "stride": 2}),
     "frozen norm": (Bottleneck, {"norm_layer": FrozenBatchNorm2d}),
     "bottleneck strided at conv1": (Bottleneck, {"caffe": True, "stride": 2}),
+    "deformable": (Bottleneck, {"deform": {}}),
+    "deformable v2 strided": (
+        Bottleneck,
+        {"deform": {"is_modulated": True, "offset_groups": 2}, "stride": 2, "groups": 4},
+    ),
+    "deformable of its own input": (Bottleneck, {"deform": {"guided": False}, "dilation": 2}),
+    "deformable basic": (BasicBlock, {"deform": {"is_modulated": True}}),
 }
 LAYOUTS = ["a", "b", "c"]
 FILLS = [
@@ -46,6 +56,7 @@ def make_block(kind, seed=0):
     cls, options = KINDS[kind]
     options = dict(options)
     caffe = options.pop("caffe", False)
+    deform = options.pop("deform", None)
     norm = options.get("norm_layer", nn.BatchNorm2d)
     planes, in_channels = 8, 12
     shortcut = nn.Sequential(
@@ -61,7 +72,32 @@ def make_block(kind, seed=0):
             nn.init.normal_(module.bias)
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
+    if deform is not None:
+        block = deformed(block, **deform)
     return block.eval()
+
+
+def deformed(block, guided=True, **options):
+    """The block with a conv2 whose taps move by a pixel or two."""
+    if guided:
+        block = DeformableBlock(block, **options)
+    else:
+        block.conv2 = DeformableConv2d.from_conv(block.conv2, **options)
+    nn.init.normal_(block.conv2.offset.weight, std=0.2)
+    nn.init.normal_(block.conv2.offset.bias)
+    return block
+
+
+def convolve2(block, h, x):
+    """conv2 of a block, by torchvision where its taps move."""
+    conv = block.conv2
+    if not isinstance(conv, DeformableConv2d):
+        return conv(h)
+    made = conv.offset(x if isinstance(block, DeformableBlock) else h)
+    numbers = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+    moves = 2 * conv.offset_groups * 9
+    factors = made[:, moves:].sigmoid() if conv.is_modulated else None
+    return deform_conv2d(h, made[:, :moves], conv.weight, conv.bias, mask=factors, **numbers)
 
 
 def assert_close(actual, expected):
@@ -90,13 +126,13 @@ def definition(block, sampled, x, masks):
         return fills[i](features, mask[..., ::step, ::step])
 
     shortcut = block.downsample(x)
-    if isinstance(block, BasicBlock):
+    if not hasattr(block, "conv3"):
         first, second = (0, 0) if layout == "a" else (0, 1)
         h = fill(first, F.relu(block.bn1(block.conv1(x))))
-        return F.relu(fill(second, block.bn2(block.conv2(h))) + shortcut)
+        return F.relu(fill(second, block.bn2(convolve2(block, h, x))) + shortcut)
     ids = {"a": (0, 0, 0), "b": (0, 1, 1), "c": (0, 1, 2)}[layout]
     h = fill(ids[0], F.relu(block.bn1(block.conv1(x))))
-    h = F.relu(block.bn2(block.conv2(h)))
+    h = F.relu(block.bn2(convolve2(block, h, x)))
     if ids[1] != ids[2]:
         h = fill(ids[1], h)
     return F.relu(fill(ids[2], block.bn3(block.conv3(h))) + shortcut)
@@ -210,6 +246,8 @@ def test_gated_macs_sum_to_those_of_the_residual_branch(kind, layout):
 
             handles.append(module.register_forward_hook(hook))
     block(x)
+    if "conv2.offset" in counted:  # at the sites of the convolution that it moves
+        counted["conv2"] += counted.pop("conv2.offset")
     sizes = [sampler(x).mask.shape[-2:] for sampler in sampled.samplers]
     gated = [sampled.gated_macs(i, *size) for i, size in enumerate(sizes)]
     assert sum(gated) == sum(counted.values())
@@ -278,7 +316,7 @@ def test_forward_keeps_no_state():
     assert before == {name: set(vars(module)) for name, module in sampled.named_modules()}
 
 
-@pytest.mark.parametrize("kind", ["basic strided", "resnext"])
+@pytest.mark.parametrize("kind", ["basic strided", "resnext", "deformable v2 strided"])
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_without_a_graph_break(kind, training):
     sampled = convert(make_block(kind), bias=0.0).train(training)

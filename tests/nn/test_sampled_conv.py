@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsight.nn import RBFInterpolation, SampledConv2d, Sampler, SamplingDecision, ZeroFill
+from sparsight.nn import (
+    DeformableConv2d,
+    RBFInterpolation,
+    SampledConv2d,
+    Sampler,
+    SamplingDecision,
+    ZeroFill,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -169,3 +176,8 @@ def test_trains_to_sample_where_it_matters():
     assert losses[-1] < 0.5 * losses[0]
     probability = sampled.eval().sampler(x).probability
     assert probability[..., :7].mean() > probability[..., 9:].mean() + 0.3
+
+
+def test_a_deformable_convolution_is_refused_alone():
+    with pytest.raises(ValueError, match=r"is a DeformableConv2d.*sample the residual block"):
+        convert(DeformableConv2d(4, 8, 3, padding=1))

@@ -2,15 +2,19 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import deform_conv2d
 
 from sparsight.nn import (
     AveragePoolInterpolation,
+    DeformableBlock,
+    DeformableConv2d,
     RBFInterpolation,
     SampledBlock,
     Sampler,
@@ -20,6 +24,7 @@ from sparsight.nn import (
 from sparsight.ops import cpu
 from sparsight.ops.block import (
     MaskSpec,
+    OffsetSpec,
     StageShape,
     StageSpec,
     block_sizes,
@@ -36,7 +41,16 @@ KINDS = {
     "bottleneck dilated": (Bottleneck, 8, {"dilation": 2}),
     "grouped in lanes": (Bottleneck, 8, {"groups": 4}),
     "grouped in panels": (Bottleneck, 7, {"groups": 3, "stride": 2}),
+    "deformable": (Bottleneck, 9, {"deform": {}}),
+    "deformable v2 strided": (
+        Bottleneck,
+        8,
+        {"deform": {"is_modulated": True, "offset_groups": 4}, "stride": 2, "groups": 2},
+    ),
+    "deformable of its own input": (Bottleneck, 10, {"deform": {"guided": False}, "dilation": 2}),
+    "deformable basic": (BasicBlock, 17, {"deform": {"is_modulated": True}, "in_channels": 17}),
 }
+DEFORMABLE = [kind for kind in KINDS if kind.startswith("deformable")]
 DENSITIES = (0.0, "one", 0.1, 0.5, 1.0)
 
 
@@ -90,6 +104,7 @@ class Packed:
                     padding=conv.padding,
                     dilation=conv.dilation,
                     groups=conv.groups,
+                    offset=offset_of(conv),
                 )
             )
         self.num_masks = len(masks)
@@ -115,6 +130,7 @@ class Packed:
             self.spec,
             [x.shape[0], self.stages[-1].weight.shape[0], *stages[-1]],
             sum(h * w for h, w in masks),
+            torch.float32,
         )
 
     def truth(self, x: Tensor, given: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -124,6 +140,31 @@ class Packed:
             sampler.mask = mask
         with torch.no_grad():
             return block(x.to(dtype))
+
+
+def offset_of(conv: nn.Conv2d) -> OffsetSpec | None:
+    if not isinstance(conv, DeformableConv2d):
+        return None
+    offset = conv.offset
+    return OffsetSpec(
+        weight=offset.weight,
+        bias=offset.bias,
+        groups=conv.offset_groups,
+        is_modulated=conv.is_modulated,
+        is_guided=conv.is_guided,
+    )
+
+
+def deformed(block, guided=True, **options):
+    """The block with a conv2 whose taps move by a pixel or two."""
+    if guided:
+        block = DeformableBlock(block, **options)
+    else:
+        block.conv2 = DeformableConv2d.from_conv(block.conv2, **options)
+    offset = block.conv2.offset
+    nn.init.normal_(offset.weight, std=offset.weight[0].numel() ** -0.5)
+    nn.init.normal_(offset.bias)
+    return block
 
 
 def shape_of(stage: StageSpec) -> StageShape:
@@ -144,6 +185,7 @@ def make(kind, layout, fill=lambda: RBFInterpolation(width=0.7), sampler=None, s
     cls, planes, options = KINDS[kind]
     options = {"stride": 1, **options}
     in_channels, stride = options.pop("in_channels", 12), options.pop("stride")
+    deform = options.pop("deform", None)
     shortcut = None
     if stride != 1 or in_channels != planes * cls.expansion:
         shortcut = nn.Conv2d(in_channels, planes * cls.expansion, 1, stride)
@@ -159,6 +201,8 @@ def make(kind, layout, fill=lambda: RBFInterpolation(width=0.7), sampler=None, s
     for module in block.modules():
         if isinstance(module, nn.Conv2d) and module.bias is None:
             module.bias = nn.Parameter(torch.randn(module.out_channels))
+    if deform is not None:
+        block = deformed(block, **deform)
     made = SampledBlock(
         block.eval(),
         layout=layout,
@@ -255,11 +299,11 @@ def test_the_bound_sees_one_lost_site(draw, assert_within_bound):
 
 
 def sampled_block_of(packed: Packed, x: Tensor, given, noise=None):
-    *tensors, shape, positions = packed.arguments(x, given, noise)
+    *tensors, shape, positions, _ = packed.arguments(x, given, noise)
     return sampled_block(*tensors, output_shape=shape, mask_positions=positions)
 
 
-@pytest.mark.parametrize("kind", ["basic", "bottleneck strided", "grouped in lanes"])
+@pytest.mark.parametrize("kind", ["basic", "bottleneck strided", "grouped in lanes", *DEFORMABLE])
 @pytest.mark.parametrize("layout", ["a", "c"])
 def test_one_thread_equals_n_threads_bit_for_bit(kind, layout, isa, draw):
     packed = make(kind, layout)
@@ -270,6 +314,67 @@ def test_one_thread_equals_n_threads_bit_for_bit(kind, layout, isa, draw):
         results = [cpu.sampled_block(*arguments, isa=isa, num_threads=n)[0] for n in (1, 2, 3)]
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("kind", DEFORMABLE)
+def test_a_deformable_block_reads_no_input_that_nobody_asks_for(kind, isa, draw):
+    """Whatever the offsets are: conv1 reads its sites, the offsets their windows, holes are filled.
+
+    The second call runs in memory that the first one left NaN in.
+    """
+    packed = make(kind, "b")
+    size = (13, 24)
+    x = features(packed, draw(3), size)
+    given = given_masks(packed, x, draw(4), 0.5)
+    for mask in given:
+        mask[..., mask.shape[3] // 2 :] = False  # nothing is asked for in the right half
+    poisoned = x.clone()
+    poisoned[..., size[1] // 2 + 6 :] = torch.nan
+    everywhere = [torch.ones_like(mask) for mask in given]
+    expected, _, _ = cpu.sampled_block(*packed.arguments(x, given), isa=isa, num_threads=1)
+    nan = torch.full_like(x, torch.nan)
+    cpu.sampled_block(*packed.arguments(nan, everywhere), isa=isa, num_threads=1)
+    _, *rest = packed.arguments(x, given)
+    out, _, _ = cpu.sampled_block(poisoned, *rest, isa=isa, num_threads=1)
+    assert torch.equal(out, expected)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("is_modulated", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("density", [0.0, "one", 0.9, 1.0])
+def test_one_deformable_stage_equals_torchvision_at_the_sites(
+    density, groups, is_modulated, isa, draw, assert_within_bound
+):
+    """Its offsets are rows of sites, not of positions; three blocks of sites are mixed in turn."""
+    d = draw(0)
+    channels, size = 64, (41, 31)
+    x, weight = d.normal(2, channels, *size), d.normal(5 * groups, channels // groups, 3, 3)
+    bias = d.normal(5 * groups)
+    columns = (3 if is_modulated else 2) * 2 * 9
+    moving = OffsetSpec(
+        d.normal(columns, channels, 3, 3) / 24, d.normal(columns), 2, is_modulated, False
+    )
+    numbers = {"stride": (1, 1), "padding": (2, 1), "dilation": (2, 1)}
+    stage = StageSpec(weight, bias, 0, False, groups=groups, offset=moving, **numbers)
+    packed = pack_block([MaskSpec(None, None, (1, 1), 0, -1, None, None)], [stage], relu=False)
+    given = d.mask(2, *size, density)
+
+    def by_torchvision(dtype):
+        made = F.conv2d(x.to(dtype), moving.weight.to(dtype), moving.bias.to(dtype), **numbers)
+        factors = made[:, 36:].sigmoid() if is_modulated else None
+        return deform_conv2d(
+            x.to(dtype), made[:, :36], weight.to(dtype), bias.to(dtype), mask=factors, **numbers
+        )
+
+    truth, twin = (
+        torch.where(given, by_torchvision(dtype), 0.0) for dtype in (torch.float64, torch.float32)
+    )
+    shape = [2, 5 * groups, *size]
+    arguments = (x, None, [None], [given], *packed, shape, size[0] * size[1])
+    out = torch.full_like(twin, torch.nan).contiguous(memory_format=torch.channels_last)
+    cpu.sampled_block(*arguments, isa=isa, num_threads=1, out=out)
+    assert_within_bound("sampled_block", out, truth, twin, truth.abs().max(), density)
 
 
 def single(weight: Tensor, bias: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
@@ -407,9 +512,10 @@ def test_features_that_make_a_logit_nan_are_refused_with_the_image(layout, bad, 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("layout", ["b", "c"])
-def test_passes_opcheck(layout, draw):
+@pytest.mark.parametrize("kind", ["bottleneck", "deformable"])
+def test_passes_opcheck(kind, layout, draw):
     """With a head for every mask: the logits of the others are undefined and differ by call."""
-    packed = make("bottleneck", layout, sampler=heads())
+    packed = make(kind, layout, sampler=heads())
     x = features(packed, draw(7))
     noise = [draw(8).normal(2, 1, 9, 7) for _ in packed.block.samplers]
     arguments = packed.arguments(x, [None] * len(noise), noise)
@@ -435,6 +541,8 @@ def test_sizes_and_costs_are_those_of_the_convolutions():
     sizes = block_sizes([shape, again], (11, 6))
     first = conv(torch.zeros(1, 12, 11, 6))
     second = nn.Conv2d(18, 4, 2)(first)
+    moving = replace(shape, offset=replace(shape, out_channels=27, groups=1))
+    assert moving.macs_per_position == conv.weight.numel() + 27 * 12 * 3
     assert sizes == [tuple(first.shape[2:]), tuple(second.shape[2:])]
 
 

@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from sparsight.nn.deform_block import DeformableBlock
+from sparsight.nn.deform_conv import DeformableConv2d
+
 __all__ = ["ConversionError", "Targets", "find_targets"]
 
 Where = Callable[[str, nn.Module], bool]
@@ -74,7 +77,7 @@ def find_targets(model: nn.Module, where: Where | None = None) -> Targets:
             block or a convolution. A container (it holds blocks or convolutions) may be selected
             along with some of its content, as predicates on names do; it is the content that
             counts. Default None: every residual block of torchvision's ResNet, ResNeXt and Wide
-            ResNet.
+            ResNet, and every :class:`sparsight.nn.DeformableBlock`.
 
     Returns:
         The selected layers. What lies inside a selected block is not listed itself. A module with
@@ -207,12 +210,14 @@ def _is_inside(name: str, containers: Container[str]) -> bool:
 
 
 def block_class(module: nn.Module) -> type | None:
-    """The torchvision class that makes this module a residual block of the ResNet family, or None.
+    """The class that makes this module a residual block of the ResNet family, or None.
 
-    By qualified name: only three rooms may import torchvision, and a model that holds such a block
-    has imported it already.
+    torchvision's by qualified name: only three rooms may import torchvision, and a model that holds
+    such a block has imported it already.
     """
     for cls in type(module).__mro__:
+        if cls is DeformableBlock:
+            return cls
         if cls.__module__ == "torchvision.models.resnet" and cls.__name__ in (
             "BasicBlock",
             "Bottleneck",
@@ -226,21 +231,24 @@ def refuse_block(block: Any) -> str | None:
     cls = block_class(block)
     assert cls is not None
     if type(block).forward is not cls.forward or "forward" in vars(block):
-        return f"{type(block).__name__} has another forward than torchvision's {cls.__name__}"
+        return f"{type(block).__name__} has another forward than {_named(cls)}"
     reason = _refuse_replacement(block)
     if reason is not None:
         return reason
-    num_convs = 3 if cls.__name__ == "Bottleneck" else 2
+    num_convs = 3 if cls.__name__ == "Bottleneck" or hasattr(block, "conv3") else 2
     expected = {f"{kind}{i + 1}" for i in range(num_convs) for kind in ("conv", "bn")}
     children = {name for name, child in block.named_children() if child is not None}
     if children - {"downsample"} != expected | {"relu"}:
         difference = ", ".join(sorted(children - {"downsample"} ^ (expected | {"relu"})))
-        return f"its children are not those of torchvision's {cls.__name__}: {difference}"
+        return f"its children are not those of {_named(cls)}: {difference}"
     if type(block.relu) is not nn.ReLU:
         return f"its activation is {type(block.relu).__name__}, but only ReLU is known"
     for i in range(1, num_convs + 1):
         conv, norm = getattr(block, f"conv{i}"), getattr(block, f"bn{i}")
-        reason = _refuse_conv_kind(conv)
+        is_moving = i == 2 and isinstance(conv, DeformableConv2d)
+        reason = _refuse_deformable(conv, cls) if is_moving else _refuse_conv_kind(conv)
+        if cls is DeformableBlock and i == 2 and not is_moving:
+            reason = f"a {type(conv).__name__} is not a DeformableConv2d"
         if reason is not None:
             return f"conv{i}: {reason}"
         if conv.padding != "same" and any(
@@ -280,6 +288,23 @@ def _refuse_conv_kind(conv: Any) -> str | None:
     if conv.padding_mode != "zeros":
         return f"padding_mode is {conv.padding_mode!r}, but only 'zeros' can be sampled"
     return None
+
+
+def _refuse_deformable(conv: DeformableConv2d, block_kind: type) -> str | None:
+    if type(conv).forward is not DeformableConv2d.forward or "forward" in vars(conv):
+        return f"{type(conv).__name__} has another forward than DeformableConv2d"
+    if conv.is_guided and block_kind is not DeformableBlock:
+        return (
+            f"it is to be guided, and {_named(block_kind)} does not guide it; use a "
+            "DeformableBlock, or make the convolution without guide_channels"
+        )
+    if block_kind is DeformableBlock and not conv.is_guided:
+        return "a DeformableBlock guides it, and it was made without guide_channels"
+    return None
+
+
+def _named(cls: type) -> str:
+    return f"torchvision's {cls.__name__}" if "torchvision" in cls.__module__ else cls.__name__
 
 
 def _refuse_norm(norm: Any) -> str | None:

@@ -102,9 +102,7 @@ def freeze(model: nn.Module, *, example: Any, dtype: torch.dtype | None = None) 
     return frozen
 
 
-def _freeze_sampled(
-    model: nn.Module, dtype: torch.dtype
-) -> tuple[nn.Module, set[nn.Module]]:
+def _freeze_sampled(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, set[nn.Module]]:
     """Replace the sampled layers; also returns the modules that must stay as they are."""
     replacements: dict[nn.Module, nn.Module] = {}
     kept: set[nn.Module] = set()

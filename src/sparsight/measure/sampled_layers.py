@@ -63,7 +63,8 @@ class GatedConvolution:
 
     Attributes:
         name: relative to the module; "" if the module is the convolution.
-        conv: anything with the attributes of `nn.Conv2d`.
+        conv: anything with the attributes of `nn.Conv2d`; a deformable one also has `offset`, the
+            convolution that makes its offsets, which runs at the same sites.
         mask: (B, 1, Ho, Wo) bool.
         interpolation_name: relative to the module.
         interpolation: anything with `window`; 0 fills nothing.
@@ -148,6 +149,10 @@ def sampled_layers(prefix: str, owner: Any, masks: Sequence[Tensor]) -> list[Lay
         dense, total = convolution_macs(pair.conv, positions), convolution_macs(pair.conv, sites)
         name = join(prefix, pair.name)
         rows.append(LayerMacs(name, "Conv2d", dense, total, positions, sites))
+        offset = getattr(pair.conv, "offset", None)
+        if offset is not None:
+            dense, total = convolution_macs(offset, positions), convolution_macs(offset, sites)
+            rows.append(LayerMacs(join(name, "offset"), "Conv2d", dense, total, positions, sites))
         fill = _interpolation_row(prefix, pair, after)
         if fill.total:
             rows.append(fill)
@@ -163,7 +168,8 @@ def _interpolation_row(
 ) -> LayerMacs:
     """Cost of filling the holes behind one convolution, as far as anyone reads them."""
     holes = pair.mask.logical_not()
-    if after is not None:
+    # A deformable convolution may look anywhere: every hole before it is filled.
+    if after is not None and getattr(after.conv, "offset", None) is None:
         # A 1x1 convolution on the same sites reads no hole: nothing is filled between the two.
         holes = holes & read_footprint(after.mask, after.conv, *pair.mask.shape[-2:])
     window = pair.interpolation.window

@@ -4,6 +4,7 @@ Enters: dense maps, and convolutions or residual blocks to wrap. Leaves: modules
 contract, and the decisions they make. May import `sparsight.ops`; no other room.
 """
 
+from sparsight.nn.deform_block import DeformableBlock
 from sparsight.nn.deform_conv import DeformableConv2d
 from sparsight.nn.interpolation import (
     AveragePoolInterpolation,
@@ -22,6 +23,7 @@ from sparsight.nn.sampler import Sampler, SamplingDecision
 __all__ = [
     "AveragePoolInterpolation",
     "ConvInterpolation",
+    "DeformableBlock",
     "DeformableConv2d",
     "NearestInterpolation",
     "RBFInterpolation",

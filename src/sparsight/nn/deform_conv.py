@@ -12,15 +12,19 @@ __all__ = ["DeformableConv2d"]
 
 
 class DeformableConv2d(nn.Conv2d):
-    """A drop-in for a 2-D convolution whose taps move: deformable convolution v1.
+    """A drop-in for a 2-D convolution whose taps move: deformable convolution v1 or v2.
 
     The offsets are a convolution with the kernel, stride, padding and dilation of this one, of its
-    input or of another map of that size (`guide`). It starts at zero, so that the layer starts as
-    the convolution it replaces.
+    input or of another map of that size (`guide`). It starts at zero, so that v1 starts as the
+    convolution it replaces and v2 as half of it: the sigmoid of zero, as published.
 
     Attributes:
         offset: the convolution that makes the offsets, 2 * offset_groups * kh * kw channels, y
-            before x for each tap.
+            before x for each tap; in v2 offset_groups * kh * kw further ones, the logits of the
+            factors of the taps.
+        offset_groups: see below.
+        is_modulated: see below.
+        is_guided: whether forward is to be given a `guide`.
 
     The other attributes and the keys "weight" and "bias" of the state are those of
     :class:`torch.nn.Conv2d`, so that the state of the replaced layer loads but for "offset.*".
@@ -40,9 +44,10 @@ class DeformableConv2d(nn.Conv2d):
             The published detector makes them of the input of the residual block, because the
             input of its second convolution is sampled.
         offset_groups: channel groups that move on their own. Default 1, as published.
+        is_modulated: v2: each tap has a factor, the sigmoid of a logit of its own. Default False.
 
-    Source: Dai et al., ICCV 2017 (arXiv 1703.06211); in sampled blocks Xie et al., ECCV 2020
-    (arXiv 2003.08866).
+    Source: Dai et al., ICCV 2017 (arXiv 1703.06211); v2 Zhu et al., CVPR 2019 (arXiv 1811.11168);
+    in sampled blocks Xie et al., ECCV 2020 (arXiv 2003.08866).
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class DeformableConv2d(nn.Conv2d):
         *,
         guide_channels: int | None = None,
         offset_groups: int = 1,
+        is_modulated: bool = False,
     ) -> None:
         if isinstance(padding, str):
             raise ValueError(
@@ -83,10 +89,13 @@ class DeformableConv2d(nn.Conv2d):
                 f"DeformableConv2d: offset_groups is {offset_groups}, but must divide the "
                 f"{in_channels} input channels; pass 1 for the published setting."
             )
+        self.offset_groups = offset_groups
+        self.is_modulated = is_modulated
+        self.is_guided = guide_channels is not None
         kernel = cast(tuple[int, int], self.kernel_size)
         self.offset = nn.Conv2d(
             in_channels if guide_channels is None else guide_channels,
-            2 * offset_groups * kernel[0] * kernel[1],
+            (3 if is_modulated else 2) * offset_groups * kernel[0] * kernel[1],
             kernel,
             stride,
             padding,
@@ -100,7 +109,12 @@ class DeformableConv2d(nn.Conv2d):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, *, guide_channels: int | None = None, offset_groups: int = 1
+        cls,
+        conv: nn.Conv2d,
+        *,
+        guide_channels: int | None = None,
+        offset_groups: int = 1,
+        is_modulated: bool = False,
     ) -> "DeformableConv2d":
         """Let the taps of an existing convolution move.
 
@@ -108,6 +122,7 @@ class DeformableConv2d(nn.Conv2d):
             conv: a plain convolution with zero padding. Its parameters are shared, not copied.
             guide_channels: see the class.
             offset_groups: see the class.
+            is_modulated: see the class.
 
         Returns:
             The deformable convolution, in the mode (training or eval) of `conv`.
@@ -133,6 +148,7 @@ class DeformableConv2d(nn.Conv2d):
             dtype=conv.weight.dtype,
             guide_channels=guide_channels,
             offset_groups=offset_groups,
+            is_modulated=is_modulated,
         )
         deformable.weight = conv.weight
         deformable.bias = conv.bias
@@ -149,7 +165,8 @@ class DeformableConv2d(nn.Conv2d):
 
         Args:
             x: (B, C, H, W) float.
-            guide: (B, guide_channels, H, W), what the offsets are made of. Default: `x`.
+            guide: (B, guide_channels, H, W), what the offsets are made of; needed where the layer
+                was made with `guide_channels`. Default: `x`.
             sites: compute offsets and outputs here only, at output resolution, and zero elsewhere.
                 Default: everywhere.
 
@@ -158,18 +175,40 @@ class DeformableConv2d(nn.Conv2d):
 
         Raises:
             TypeError: as :func:`sparsight.ops.sampled_deform_conv2d`.
-            ValueError: as :func:`sparsight.ops.sampled_deform_conv2d`.
+            ValueError: there is no `guide` but one is needed, or as
+                :func:`sparsight.ops.sampled_deform_conv2d`.
 
         Gradient: to `x`, `guide` and all parameters.
         """
+        if guide is None and self.is_guided:
+            raise ValueError(
+                "DeformableConv2d: guide is None, but the layer was made with guide_channels="
+                f"{self.offset.in_channels}; pass the map that the offsets are made of, or put the "
+                "residual block around it into a DeformableBlock."
+            )
         guide = x if guide is None else guide
         numbers = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        if sites is None:
+        if sites is None or not isinstance(self.offset, nn.Conv2d):
+            # A frozen convolution has one kernel, for everywhere; off the sites nobody reads it.
             offset = self.offset(guide)
-            mask = torch.ones_like(offset[:, :1], dtype=torch.bool)
-            sites = ops.sites_from_mask(mask)
         else:
             offset = ops.sampled_conv2d(
                 guide, self.offset.weight, self.offset.bias, sites=sites, **numbers
             )
-        return ops.sampled_deform_conv2d(x, offset, self.weight, self.bias, sites=sites, **numbers)
+        if sites is None:
+            sites = ops.sites_from_mask(torch.ones_like(offset[:, :1], dtype=torch.bool))
+        modulation = None
+        if self.is_modulated:
+            kernel_height, kernel_width = self.kernel_size
+            moves = 2 * self.offset_groups * kernel_height * kernel_width
+            offset, logits = offset[:, :moves], offset[:, moves:]
+            modulation = torch.sigmoid(logits)
+        return ops.sampled_deform_conv2d(
+            x, offset, self.weight, self.bias, sites=sites, modulation=modulation, **numbers
+        )
+
+    def extra_repr(self) -> str:
+        """The convolution's numbers, and what makes it move, for repr."""
+        guide = f", guide_channels={self.offset.in_channels}" if self.is_guided else ""
+        groups = f", offset_groups={self.offset_groups}" if self.offset_groups > 1 else ""
+        return super().extra_repr() + guide + groups + ", is_modulated=True" * self.is_modulated

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sparsight.nn.deform_conv import DeformableConv2d
 from sparsight.nn.frozen_conv import check_features, dtype_note, padding_of, refusal_of_conv
 from sparsight.nn.noise import NoiseKind, sampling_noise
 from sparsight.nn.sampled_block import SampledBlock
@@ -205,6 +206,7 @@ class FrozenBlock(nn.Module):
                     padding=padding_of(conv),
                     dilation=(conv.dilation[0], conv.dilation[1]),
                     groups=conv.groups,
+                    offset=_offset_of(conv),
                 )
             )
         self.shapes = [block_ops.StageShape.of(stage) for stage in stages]
@@ -389,7 +391,18 @@ def refusal(source: SampledBlock | SampledConv2d) -> str | None:
         reason = refusal_of_conv(conv)
         if reason is not None:
             return reason
+        if isinstance(conv, DeformableConv2d):
+            reason = _refusal_of_offsets(conv)
+            if reason is not None:
+                return reason
     if isinstance(source, SampledBlock):
+        for i, conv in enumerate(convs):
+            is_guided = isinstance(conv, DeformableConv2d) and conv.is_guided
+            if is_guided and _product([before.stride for before in convs[:i]]) != (1, 1):
+                return (
+                    "a stride comes before a deformable convolution whose offsets are made of the "
+                    "block's input"
+                )
         if type(source.relu) is not nn.ReLU:
             return f"its activation is {type(source.relu).__name__} and the kernels know ReLU"
         for _, _, norm, _ in source.convolutions():
@@ -404,6 +417,33 @@ def refusal(source: SampledBlock | SampledConv2d) -> str | None:
         if getattr(fill, "window", 0) > cpu.MAX_WINDOW:
             return f"its interpolation window exceeds {cpu.MAX_WINDOW}"
     return None
+
+
+def _offset_of(conv: nn.Conv2d) -> block_ops.OffsetSpec | None:
+    """What moves the taps of a convolution; None for a plain one."""
+    if not isinstance(conv, DeformableConv2d):
+        return None
+    bias = conv.offset.bias
+    weight = conv.offset.weight.detach()
+    return block_ops.OffsetSpec(
+        weight=weight,
+        bias=weight.new_zeros(weight.shape[0]) if bias is None else bias.detach(),
+        groups=conv.offset_groups,
+        is_modulated=conv.is_modulated,
+        is_guided=conv.is_guided,
+    )
+
+
+def _refusal_of_offsets(conv: DeformableConv2d) -> str | None:
+    """Why what moves the taps cannot be packed, or None when it can."""
+    offset = conv.offset
+    if type(offset) is not nn.Conv2d:
+        return f"its offsets are made by a {type(offset).__name__} and the kernels know Conv2d"
+    names = ("kernel_size", "stride", "padding", "dilation")
+    if any(getattr(offset, name) != getattr(conv, name) for name in names) or offset.groups != 1:
+        return "the convolution that makes its offsets has other numbers than the one that moves"
+    reason = refusal_of_conv(offset)
+    return None if reason is None else f"{reason} (the convolution that makes its offsets)"
 
 
 def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -436,9 +476,7 @@ def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Ten
         return folded.to(weight.dtype), shift.to(weight.dtype)
 
 
-def _head_is_inside(
-    sampler: nn.Module, convs: Sequence[nn.Conv2d], dtype: torch.dtype
-) -> bool:
+def _head_is_inside(sampler: nn.Module, convs: Sequence[nn.Conv2d], dtype: torch.dtype) -> bool:
     """Whether the kernel can evaluate the head: the published one, on the block's own input."""
     if type(sampler) is not Sampler or sampler.border is not None:
         return False

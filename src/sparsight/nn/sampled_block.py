@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparsight.nn.deform_conv import DeformableConv2d
 from sparsight.nn.sampled_conv import macs_per_position
 
 __all__ = ["Layout", "SampledBlock"]
@@ -43,6 +44,9 @@ class SampledBlock(nn.Module):
     afterwards: it is for training, and it defines the result. `sparsight.freeze` makes the version
     that skips the holes. With masks all true the block equals its source.
 
+    conv2 may be a :class:`DeformableConv2d`; a guided one makes its offsets of x, as published. It
+    may look anywhere, so that every hole of h is filled before it.
+
     Attributes:
         samplers: ModuleList, one sampler per decision: 1 in layout a, 2 in b, 3 in c (2 for a basic
             block).
@@ -54,7 +58,8 @@ class SampledBlock(nn.Module):
 
     Args:
         block: residual block with the children and the forward of torchvision's `BasicBlock` or
-            `Bottleneck`. Its children move here, they are not copied.
+            `Bottleneck`, or a :class:`DeformableBlock`. Its children move here, they are not
+            copied.
         layout: "a" shares one mask among all convolutions. "b" (default in `sparsify`, the paper's
             choice) has one for conv1 and one for the rest. "c" has one per convolution. In layout a
             the mask has the size of conv1's output; later convolutions of stride s read every s-th
@@ -143,7 +148,7 @@ class SampledBlock(nn.Module):
 
         features = x
         for i, (_, conv, norm, _) in enumerate(parts[:last]):
-            features = self.relu(norm(conv(features)))
+            features = self.relu(norm(_convolve(conv, features, x)))
             if not self._stays_on_sites(i):
                 features = self._fill(i, features, masks)
         _, conv, norm, decision = parts[last]
@@ -153,7 +158,7 @@ class SampledBlock(nn.Module):
             seen = _sees_site(self._mask_of(last, masks), window)
             branch = torch.where(seen, branch, 0.0)
         else:
-            branch = self._fill(last, norm(conv(features)), masks)
+            branch = self._fill(last, norm(_convolve(conv, features, x)), masks)
 
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.relu(branch + shortcut)
@@ -231,6 +236,13 @@ class SampledBlock(nn.Module):
     def extra_repr(self) -> str:
         """The layout, for repr."""
         return f"layout={self.layout!r}"
+
+
+def _convolve(conv: nn.Conv2d, features: Tensor, block_input: Tensor) -> Tensor:
+    """A convolution of the branch; one whose taps move as the block's input says is given it."""
+    if isinstance(conv, DeformableConv2d) and conv.is_guided:
+        return conv(features, block_input)
+    return conv(features)
 
 
 def _total_stride(convs: list[nn.Conv2d]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparsight.nn.deform_conv import DeformableConv2d
 from sparsight.nn.sampler import SamplingDecision
 
 __all__ = ["SampledConv2d"]
@@ -90,8 +91,13 @@ class SampledConv2d(nn.Conv2d):
             The sampled convolution, in the mode (training or eval) of `conv`.
 
         Raises:
-            ValueError: if `conv` pads with anything but zeros.
+            ValueError: if `conv` is deformable or pads with anything but zeros.
         """
+        if isinstance(conv, DeformableConv2d):
+            raise ValueError(
+                "SampledConv2d.from_conv: the convolution is a DeformableConv2d, but only a plain "
+                "one can be sampled alone; sample the residual block around it, with SampledBlock."
+            )
         if conv.padding_mode != "zeros":
             raise ValueError(
                 f"SampledConv2d.from_conv: the convolution has padding_mode={conv.padding_mode!r}, "
@@ -176,6 +182,10 @@ class SampledConv2d(nn.Conv2d):
 
 
 def macs_per_position(conv: nn.Conv2d) -> int:
-    """Multiply-adds of one output position of a convolution, all channels, without the bias."""
+    """Multiply-adds of one output position of a convolution, all channels, without the bias.
+
+    Those of the convolution that makes the offsets of a deformable one are its own.
+    """
     kernel_height, kernel_width = conv.kernel_size
-    return conv.out_channels * (conv.in_channels // conv.groups) * kernel_height * kernel_width
+    macs = conv.out_channels * (conv.in_channels // conv.groups) * kernel_height * kernel_width
+    return macs + (macs_per_position(conv.offset) if isinstance(conv, DeformableConv2d) else 0)

@@ -6,7 +6,7 @@ that write it are in `sparsight.nn.frozen_block`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,27 @@ class MaskSpec:
 
 
 @dataclass(frozen=True)
+class OffsetSpec:
+    """What moves the taps of a stage: a convolution of the stage's own geometry.
+
+    Attributes:
+        weight: (2 * groups * kh * kw, G, kh, kw) float32 with y before x for each tap; modulated,
+            groups * kh * kw further rows of the factors' logits. G channels are the block's input,
+            where guided, or the stage's.
+        bias: one number a row.
+        groups: channel groups that move on their own.
+        is_modulated: whether each tap has a factor, the sigmoid of its logit.
+        is_guided: whether the offsets are made of the block's input instead of the stage's own.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    groups: int
+    is_modulated: bool
+    is_guided: bool
+
+
+@dataclass(frozen=True)
 class StageSpec:
     """One convolution of a block.
 
@@ -54,6 +75,8 @@ class StageSpec:
         padding: see stride.
         dilation: see stride.
         groups: see stride.
+        offset: what moves the taps, or None. A stage with offsets has a mask, and its input has the
+            size of the block's where they are guided.
     """
 
     weight: Tensor
@@ -64,6 +87,7 @@ class StageSpec:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    offset: OffsetSpec | None = None
 
 
 def _unit(dtype: torch.dtype) -> int:
@@ -189,13 +213,25 @@ def pack_block(
             weight_at,
             bias_at,
         ]
+        if stage.offset is None:
+            spec += [0, 0, 0, -1, -1]
+            continue
+        assert stage.mask >= 0
+        moving = stage.offset
+        weight, bias = pack(moving.weight, moving.bias, 1, dtype)
+        spec += [moving.groups, int(moving.is_modulated), int(moving.is_guided)]
+        spec += [store(weight), store(bias)]
     assert len(spec) == sets_at
     return torch.cat(parts), torch.tensor(spec + sets, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class StageShape:
-    """What of a stage is needed to know its sizes and its cost, without its weights."""
+    """What of a stage is needed to know its sizes and its cost, without its weights.
+
+    Attributes:
+        offset: shape of the convolution that makes the offsets of a deformable stage, or None.
+    """
 
     in_channels: int
     out_channels: int
@@ -205,11 +241,12 @@ class StageShape:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     mask: int
+    offset: "StageShape | None" = None
 
     @classmethod
     def of(cls, stage: StageSpec) -> "StageShape":
         """The shape of a stage."""
-        return cls(
+        shape = cls(
             in_channels=stage.weight.shape[1] * stage.groups,
             out_channels=stage.weight.shape[0],
             groups=stage.groups,
@@ -219,12 +256,18 @@ class StageShape:
             dilation=stage.dilation,
             mask=stage.mask,
         )
+        if stage.offset is None:
+            return shape
+        out_channels, in_channels = stage.offset.weight.shape[:2]
+        offset = replace(shape, in_channels=in_channels, out_channels=out_channels, groups=1)
+        return replace(shape, offset=offset)
 
     @property
     def macs_per_position(self) -> int:
-        """Multiply-adds of one output position."""
+        """Multiply-adds of one output position, those that make its offsets included."""
         taps = self.kernel_size[0] * self.kernel_size[1]
-        return self.out_channels * (self.in_channels // self.groups) * taps
+        macs = self.out_channels * (self.in_channels // self.groups) * taps
+        return macs + (0 if self.offset is None else self.offset.macs_per_position)
 
 
 def block_sizes(stages: Sequence[StageShape], input_size: tuple[int, int]) -> list[tuple[int, int]]:
