@@ -45,16 +45,17 @@ static inline void find_corner(int lanes, int32_t down, int32_t right, int32_t h
   }
 }
 
-static inline const float* corner_row(const GatherCall& call, int32_t pixel, int64_t first) {
-  return pixel < 0 ? call.zero_row : call.input + pixel * call.input_stride + first;
+static inline const Element* corner_row(const GatherCall& call, int32_t pixel, int64_t first) {
+  return pixel < 0 ? element_row(call.zero_row, 0)
+                   : element_row(call.input, pixel * call.input_stride + first);
 }
 
 static inline void mix_rows(const GatherCall& call, const Corners& corners, int64_t t,
-                            int64_t first, int64_t channels, float* out) {
-  const float* r0 = corner_row(call, corners.pixel[0][t], first);
-  const float* r1 = corner_row(call, corners.pixel[1][t], first);
-  const float* r2 = corner_row(call, corners.pixel[2][t], first);
-  const float* r3 = corner_row(call, corners.pixel[3][t], first);
+                            int64_t first, int64_t channels, Element* out) {
+  const Element* r0 = corner_row(call, corners.pixel[0][t], first);
+  const Element* r1 = corner_row(call, corners.pixel[1][t], first);
+  const Element* r2 = corner_row(call, corners.pixel[2][t], first);
+  const Element* r3 = corner_row(call, corners.pixel[3][t], first);
   const Vec w0 = Vec::set(corners.weight[0][t]), w1 = Vec::set(corners.weight[1][t]);
   const Vec w2 = Vec::set(corners.weight[2][t]), w3 = Vec::set(corners.weight[3][t]);
   int64_t c = 0;
@@ -102,7 +103,7 @@ static void gather(const GatherCall& call, int64_t begin, int64_t end) {
       for (int k = 0; k < 4; ++k)
         find_corner(lanes, k / 2, k % 2, (int32_t)g.height, (int32_t)g.width, corners,
                     corners.weight[k], corners.pixel[k]);
-      float* out = call.output + i * taps * g.in_channels + group * channels;
+      Element* out = (Element*)call.output + i * taps * g.in_channels + group * channels;
       for (int t = 0; t < taps; ++t)
         mix_rows(call, corners, t, group * channels, channels, out + t * g.in_channels);
     }

@@ -54,10 +54,10 @@ void sampled_conv(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t index
   ConvCall call{};
   call.geometry = g;
   call.kind = pack_kind(g.in_channels, g.out_channels, g.groups);
-  const int64_t size = packed_size(g, call.kind);
+  const int64_t size = packed_size(g, call.kind, table.unit);
   const int64_t panels = panel_count(g, call.kind);
   float* packed = scratch.get<float>(0, size + panels * kPanel + g.in_channels);
-  pack_weight(g, call.kind, ptr<const float>(weight), packed);
+  pack_weight(g, call.kind, ptr<const float>(weight), packed, table.unit);
   float* padded_bias = packed + size;
   float* zero_row = padded_bias + panels * kPanel;
   std::memset(zero_row, 0, sizeof(float) * g.in_channels);
@@ -102,18 +102,28 @@ void sampled_deform_conv(uintptr_t x, uintptr_t offset, uintptr_t modulation, ui
   deform_conv(table, arrays, num_threads);
 }
 
-int64_t sampled_block(uintptr_t x, uintptr_t shortcut, std::vector<uintptr_t> noise,
+// The table that a block's `spec` asks for: its maps are of the table's elements.
+const KernelTable& table_of(const int64_t* spec, const std::string& isa) {
+  if (spec[kUnitChannels] == 1) return require(isa);
+  const KernelTable* table = bfloat16_table();
+  if (!table) throw std::runtime_error("this CPU or this build has no AVX-512 BF16 instructions");
+  return *table;
+}
+
+int64_t sampled_block(uintptr_t x, bool planar, uintptr_t shortcut, std::vector<uintptr_t> noise,
                       std::vector<uintptr_t> given, uintptr_t params, uintptr_t spec, int64_t batch,
                       int64_t height, int64_t width, uintptr_t output, uintptr_t masks,
-                      uintptr_t logits, const std::string& isa, int num_threads) {
-  const KernelTable& table = require(isa);
+                      uintptr_t logits, bool float_output, const std::string& isa,
+                      int num_threads) {
+  const KernelTable& table = table_of(ptr<const int64_t>(spec), isa);
   nb::gil_scoped_release release;
   std::vector<const float*> noise_maps;
   std::vector<const uint8_t*> given_maps;
   for (uintptr_t p : noise) noise_maps.push_back(ptr<const float>(p));
   for (uintptr_t p : given) given_maps.push_back(ptr<const uint8_t>(p));
-  BlockArrays arrays{ptr<const float>(x),
-                     ptr<const float>(shortcut),
+  BlockArrays arrays{ptr<const void>(x),
+                     planar,
+                     ptr<const void>(shortcut),
                      noise_maps.data(),
                      given_maps.data(),
                      ptr<const float>(params),
@@ -121,7 +131,8 @@ int64_t sampled_block(uintptr_t x, uintptr_t shortcut, std::vector<uintptr_t> no
                      batch,
                      height,
                      width,
-                     ptr<float>(output),
+                     ptr<void>(output),
+                     float_output,
                      ptr<uint8_t>(masks),
                      ptr<float>(logits)};
   return run_block(table, arrays, num_threads);
@@ -132,11 +143,13 @@ struct Lease {
   int64_t bytes;
 };
 
-// A (batch, channels, height, width) float32 tensor in channels-last order, uninitialised, whose
-// memory goes back to the free list with it.
-nb::ndarray<nb::pytorch, float> new_map(int64_t batch, int64_t channels, int64_t height,
-                                        int64_t width) {
-  const int64_t bytes = batch * channels * height * width * static_cast<int64_t>(sizeof(float));
+// A (batch, channels, height, width) float32 or bfloat16 tensor in channels-last order,
+// uninitialised, whose memory goes back to the free list with it.
+nb::ndarray<nb::pytorch> new_map(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                                 bool is_bfloat16) {
+  const nb::dlpack::dtype bfloat16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
+  const nb::dlpack::dtype type = is_bfloat16 ? bfloat16 : nb::dtype<float>();
+  const int64_t bytes = batch * channels * height * width * (type.bits / 8);
   auto* lease = new Lease{nullptr, bytes};
   nb::capsule owner(lease, [](void* p) noexcept {
     auto* held = static_cast<Lease*>(p);
@@ -146,7 +159,7 @@ nb::ndarray<nb::pytorch, float> new_map(int64_t batch, int64_t channels, int64_t
   lease->memory = take_buffer(bytes);
   const size_t shape[4] = {size_t(batch), size_t(channels), size_t(height), size_t(width)};
   const int64_t strides[4] = {height * width * channels, 1, width * channels, channels};
-  return nb::ndarray<nb::pytorch, float>(lease->memory, 4, shape, owner, strides);
+  return nb::ndarray<nb::pytorch>(lease->memory, 4, shape, owner, strides, type);
 }
 
 }  // namespace
@@ -157,6 +170,7 @@ NB_MODULE(_kernels, m) {
   m.attr("MAX_TAPS") = kMaxTaps;
   m.attr("MAX_WINDOW") = kMaxWindow;
   m.attr("SPEC_VERSION") = kSpecVersion;
+  m.attr("ROW_MERGE_FIELD") = static_cast<int64_t>(kRowMerge);
   m.attr("MASK_FIELDS") = static_cast<int64_t>(kMaskFields);
   m.attr("STAGE_FIELDS") = static_cast<int64_t>(kStageFields);
   m.attr("POOLED_BYTES") = kPooledBytes;
@@ -177,26 +191,28 @@ NB_MODULE(_kernels, m) {
                 list_sites_and_holes(ptr<const uint8_t>(mask) + image * positions, positions,
                                      ptr<int32_t>(index) + image * positions));
         });
-  m.def("packed_sizes", [](std::vector<int64_t> geometry) {
+  m.def("has_bfloat16", [] { return bfloat16_table() != nullptr; });
+  m.def("packed_sizes", [](std::vector<int64_t> geometry, int64_t unit) {
     const ConvGeometry g = geometry_of(geometry);
     const PackKind kind = pack_kind(g.in_channels, g.out_channels, g.groups);
-    return nb::make_tuple(packed_size(g, kind), panel_count(g, kind) * kPanel);
+    return nb::make_tuple(packed_size(g, kind, unit), panel_count(g, kind) * kPanel);
   });
   m.def("pack", [](std::vector<int64_t> geometry, uintptr_t weight, uintptr_t bias,
-                   uintptr_t packed_weight, uintptr_t packed_bias) {
+                   uintptr_t packed_weight, uintptr_t packed_bias, int64_t unit) {
     const ConvGeometry g = geometry_of(geometry);
     const PackKind kind = pack_kind(g.in_channels, g.out_channels, g.groups);
     nb::gil_scoped_release release;
-    pack_weight(g, kind, ptr<const float>(weight), ptr<float>(packed_weight));
+    pack_weight(g, kind, ptr<const float>(weight), ptr<float>(packed_weight), unit);
     pack_bias(g, kind, ptr<const float>(bias), ptr<float>(packed_bias));
   });
   m.def("packed_heads_size", &packed_heads_size);
-  m.def("pack_heads", [](int64_t columns, int64_t channels, uintptr_t weight, uintptr_t packed) {
-    pack_heads(columns, channels, ptr<const float>(weight), ptr<float>(packed));
-  });
-  m.def("fill_tables", [](uintptr_t log_kernel, int64_t window) {
+  m.def("pack_heads",
+        [](int64_t columns, int64_t channels, uintptr_t weight, uintptr_t packed, int64_t unit) {
+          pack_heads(columns, channels, ptr<const float>(weight), ptr<float>(packed), unit);
+        });
+  m.def("fill_tables", [](uintptr_t log_kernel, int64_t window, int64_t unit) {
     OwnedFillTables owned;
-    owned.build(ptr<const float>(log_kernel), window);
+    owned.build(ptr<const float>(log_kernel), window, unit == 1 ? kNegligible : kNegligibleNarrow);
     const FillTables& t = *owned.get();
     const auto* words = reinterpret_cast<const int64_t*>(t.level);
     const int64_t num_words = (2 * t.num_levels + 1) * kWindowWords;

@@ -23,6 +23,12 @@ bool has_avx512() {
 #endif
 }
 
+#if defined(SPARSIGHT_HAS_AVX512BF16)
+bool has_avx512bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
+#endif
+
 }  // namespace
 
 #if !defined(__x86_64__)
@@ -42,6 +48,15 @@ const KernelTable* table_for(const char* isa) {
   if (std::strcmp(isa, "avx2") == 0) return avx2;
   if (std::strcmp(isa, "scalar") == 0) return scalar_table();
   return nullptr;
+}
+
+const KernelTable* bfloat16_table() {
+#if defined(SPARSIGHT_HAS_AVX512BF16)
+  static const KernelTable* const table = has_avx512bf16() ? avx512bf16_table() : nullptr;
+  return table;
+#else
+  return nullptr;
+#endif
 }
 
 }  // namespace sparsight

@@ -42,7 +42,9 @@ void run_deform_conv(const KernelTable& table, GatherCall gather, ConvCall conv,
       gather.offset += sites * gather.offset_stride;
       if (gather.modulation) gather.modulation += sites * gather.modulation_stride;
     }
-    if (conv.compact_output) conv.output += sites * conv.output_stride;
+    const int64_t written = conv.float_output ? sizeof(float) : table.element_size;
+    if (conv.compact_output)
+      conv.output = static_cast<char*>(conv.output) + sites * conv.output_stride * written;
   }
 }
 
@@ -54,12 +56,12 @@ void deform_conv(const KernelTable& table, const DeformArrays& a, int num_thread
   ConvCall conv{};
   conv.geometry = g;
   conv.kind = pack_kind(g.in_channels, g.out_channels, g.groups);
-  const int64_t size = packed_size(g, conv.kind);
+  const int64_t size = packed_size(g, conv.kind, table.unit);
   const int64_t columns = panel_count(g, conv.kind) * kPanel;
   float* packed = scratch.get<float>(kWeight, size + columns + g.in_channels);
   float* padded_bias = packed + size;
   float* zero_row = padded_bias + columns;
-  pack_weight(g, conv.kind, a.weight, packed);
+  pack_weight(g, conv.kind, a.weight, packed, table.unit);
   pack_bias(g, conv.kind, a.bias, padded_bias);
   std::memset(zero_row, 0, sizeof(float) * g.in_channels);
   conv.weight = packed;

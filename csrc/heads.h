@@ -12,40 +12,54 @@
 constexpr int kHeadRows = kRows;
 
 template <int MR, int VECS>
-static inline void head_columns(const float* const* rows, const float* packed, int64_t channels,
+static inline void head_columns(const Element* const* rows, const float* packed, int64_t channels,
                                 float* const* out) {
   Vec acc[MR][VECS];
   for (int m = 0; m < MR; ++m)
     for (int v = 0; v < VECS; ++v) acc[m][v] = Vec::zero();
-  for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t u = 0; u < channels / kUnit; ++u) {
     // The rows of the next tile: MR short streams are too many for the hardware to follow.
-    if (c % 16 == 0)
-      for (int m = 0; m < MR; ++m) __builtin_prefetch(rows[m] + kHeadRows * channels + c);
+    if (u % 16 == 0)
+      for (int m = 0; m < MR; ++m) __builtin_prefetch(rows[m] + kHeadRows * channels + u * kUnit);
     Vec w[VECS];
     for (int v = 0; v < VECS; ++v) w[v] = Vec::load(packed + v * Vec::lanes);
     packed += VECS * Vec::lanes;
     for (int m = 0; m < MR; ++m) {
-      const Vec a = Vec::set(rows[m][c]);
-      for (int v = 0; v < VECS; ++v) acc[m][v] = fma(a, w[v], acc[m][v]);
+      const Vec a = unit_at(rows[m] + u * kUnit);
+      for (int v = 0; v < VECS; ++v) acc[m][v] = multiply_add(a, w[v], acc[m][v]);
     }
   }
   for (int m = 0; m < MR; ++m)
     for (int v = 0; v < VECS; ++v) acc[m][v].store(out[m] + v * Vec::lanes);
 }
 
+// row . weight, the weight packed in units
+static inline float dot_units(const Element* row, const float* weight, int64_t channels) {
+  Vec acc = Vec::zero();
+  const int64_t units = channels / kUnit;
+  int64_t u = 0;
+  for (; u + Vec::lanes <= units; u += Vec::lanes)
+    acc = multiply_add(units_at(row + u * kUnit), Vec::load(weight + u), acc);
+  float total = acc.sum();
+  for (; u < units; ++u)
+    total += multiply_add(unit_at(row + u * kUnit), Vec::set(weight[u]), Vec::zero()).first();
+  return total;
+}
+
 static void heads(const HeadCall& call, int64_t begin, int64_t end) {
   constexpr int kVectors = kHeadColumns / Vec::lanes;  // vectors in 16 columns
   const int64_t groups = call.vector_columns / kHeadColumns;
   const int64_t rest = call.columns - call.vector_columns;
-  const float* rest_weight = call.weight + call.vector_columns * call.channels;
+  const int64_t units = call.channels / kUnit;
+  const float* rest_weight = call.weight + call.vector_columns * units;
   for (int64_t tile = begin; tile < end; tile += kHeadRows) {
-    const float* rows[kHeadRows];
+    const Element* rows[kHeadRows];
     float* out[kHeadRows];
     float spill[kHeadColumns * 2];
     const int live = end - tile < kHeadRows ? (int)(end - tile) : kHeadRows;
     for (int m = 0; m < kHeadRows; ++m) {
       const int64_t p = tile + (m < live ? m : live - 1);
-      rows[m] = call.input + p * call.channels;
+      rows[m] = element_row(call.input, p * call.channels);
       out[m] = m < live ? call.output + p * call.output_stride : spill;
     }
 #if defined(SPARSIGHT_AVX512)
@@ -62,6 +76,6 @@ static void heads(const HeadCall& call, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < rest; ++r)
       for (int m = 0; m < live; ++m)
         out[m][call.vector_columns + r] =
-            dot_rows(rows[m], rest_weight + r * call.channels, call.channels);
+            dot_units(rows[m], rest_weight + r * units, call.channels);
   }
 }

@@ -1,5 +1,6 @@
 // The bodies of one instruction set and its table. Included once by each isa_*.cpp, after it has
-// defined SPARSIGHT_ISA (the namespace) and, for the wide ones, SPARSIGHT_AVX2 or SPARSIGHT_AVX512.
+// defined SPARSIGHT_ISA (the namespace) and, for the wide ones, SPARSIGHT_AVX2 or SPARSIGHT_AVX512,
+// and for bfloat16 maps SPARSIGHT_BFLOAT16.
 #include "kernels.h"
 #include "pack.h"
 #if defined(__x86_64__)
@@ -14,20 +15,31 @@ namespace SPARSIGHT_ISA {
 #include "bilinear_gather.h"
 #include "interpolate.h"
 #include "heads.h"
+#if !defined(SPARSIGHT_BFLOAT16)
+#include "soft_interpolate.h"
+#endif
 
 #define SPARSIGHT_STRING_(x) #x
 #define SPARSIGHT_STRING(x) SPARSIGHT_STRING_(x)
 
 static const KernelTable table = {
     SPARSIGHT_STRING(SPARSIGHT_ISA),
+    sizeof(Element),
+    kUnit,
     conv,
     kRows,
     gather,
     heads,
     fill,
+#if !defined(SPARSIGHT_BFLOAT16)
     soft_fill,
     soft_fill_backward_rows,
     soft_fill_backward_sites,
+#else
+    nullptr,
+    nullptr,
+    nullptr,
+#endif
 };
 
 }  // namespace SPARSIGHT_ISA

@@ -1,8 +1,10 @@
 // The seam between the instruction sets and everything else: one table of function pointers per
-// ISA.
+// ISA and element type.
 //
-// Plain pointers, sizes and strides (in elements) only. A kernel works on a half-open range and
-// never allocates, locks or throws; whoever calls it splits the range over threads.
+// Plain pointers, sizes and strides (in elements) only. Maps are rows of a table's elements, float
+// or bfloat16, behind `void*`; weights, offsets and logits are float32 unless they are packed in
+// units. A kernel works on a half-open range and never allocates, locks or throws; whoever calls
+// it splits the range over threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -30,18 +32,20 @@ struct ConvGeometry {
 struct ConvCall {
   ConvGeometry geometry;
   PackKind kind;
-  const float* input;  // row of pixel i at input + i * input_stride
+  const void* input;  // row of pixel i at input + i * input_stride
   int64_t input_stride;
-  bool compact_input;     // the row of tap t of the i-th site is row i * taps + t of the input
-  const float* zero_row;  // in_channels zeros, read where a tap falls outside the map
-  const int32_t* sites;   // flat output positions; null means all positions in order
-  const float* weight;    // packed, see pack.h
-  const float* bias;      // padded to whole panels, or null
-  const float* residual;  // row of a position, or null
+  bool compact_input;    // the row of tap t of the i-th site is row i * taps + t of the input
+  const void* zero_row;  // in_channels zeros, read where a tap falls outside the map
+  const int32_t* sites;  // flat output positions; null means all positions in order
+  const float* weight;   // packed, see pack.h
+  const float* bias;     // padded to whole panels, or null
+  const void* residual;  // row of a position, or null
   int64_t residual_stride;
-  float* output;
+  void* output;
   int64_t output_stride;
   bool compact_output;  // write the i-th row, not the row of its position
+  bool float_output;    // write float32 rows, whatever the elements are
+  bool stream;          // write past the caches: rows are aligned to 64 bytes, and their panels
   bool relu;
 };
 
@@ -50,23 +54,23 @@ struct ConvCall {
 struct GatherCall {
   ConvGeometry geometry;
   int64_t offset_groups;
-  const float* input;  // row of pixel i at input + i * input_stride
+  const void* input;  // row of pixel i at input + i * input_stride
   int64_t input_stride;
-  const float* zero_row;  // in_channels zeros
+  const void* zero_row;  // in_channels zeros
   const int32_t* sites;
   const float* offset;  // row of a position: [offset group][tap][y, x]
   int64_t offset_stride;
   const float* modulation;  // row of a position: [offset group][tap], or null
   int64_t modulation_stride;
   bool compact_offset;  // offset and modulation: the row of the i-th site, not of its position
-  float* output;        // [site][tap][in_channels]
+  void* output;         // [site][tap][in_channels]
 };
 
 // The heads of a block over the rows of one image; see heads.h.
 constexpr int kHeadColumns = 16;
 struct HeadCall {
-  const float* input;  // rows, stride = channels
-  int64_t channels;
+  const void* input;       // rows, stride = channels
+  int64_t channels;        // a multiple of the unit
   const float* weight;     // packed
   int64_t columns;         // 9 a head
   int64_t vector_columns;  // the first of them, in whole vectors of 16
@@ -77,6 +81,8 @@ struct HeadCall {
 // taps is kWindowWords words of bits.
 constexpr int kWindowWords = (kMaxWindow * kMaxWindow + 63) / 64;
 constexpr float kNegligible = 1.4901161e-8f;  // 2^-26
+// Of bfloat16 rows, whose own rounding is 2^-9.
+constexpr float kNegligibleNarrow = 2.44140625e-4f;  // 2^-12
 struct FillTables {
   int64_t num_levels;  // distinct kernel values, the largest first; zeros left out
   const uint64_t (*level)[kWindowWords];  // taps of a level
@@ -94,15 +100,16 @@ struct FillCall {
   const FillTables* tables;  // null: holes are zero
   float eps;                 // < 0: exact; otherwise added to the denominator
   const int32_t* positions;  // positions to write; null means all in order
-  const float* values;       // rows of the sites
+  const void* values;        // rows of the sites
   int64_t values_stride;
   const int32_t* row_of;  // position -> row of `values`, or null when they are the same
-  const float* residual;
+  const void* residual;
   int64_t residual_stride;
-  float* output;
+  void* output;
   int64_t output_stride;
   bool relu;
-  bool stream;  // write past the caches: rows are 64-byte aligned, channels a multiple of 64
+  bool float_output;  // as in ConvCall
+  bool stream;        // write past the caches: rows are 64-byte aligned, channels a multiple of 64
 };
 
 // Fill with a float mask (training), forward and backward; all maps are dense rows of one image.
@@ -127,12 +134,15 @@ struct SoftFillCall {
 
 struct KernelTable {
   const char* name;
+  int64_t element_size;  // bytes of an element of a map
+  int64_t unit;          // channels that one packed float holds, see pack.h
   void (*conv)(const ConvCall&, int64_t panel_begin, int64_t panel_end, int64_t site_begin,
                int64_t site_end);
   int64_t conv_tile;  // sites per register tile
   void (*gather)(const GatherCall&, int64_t begin, int64_t end);
   void (*heads)(const HeadCall&, int64_t begin, int64_t end);
   void (*fill)(const FillCall&, int64_t begin, int64_t end);
+  // Training is float32: null in the other tables.
   void (*soft_fill)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
   void (*soft_fill_backward_rows)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
   void (*soft_fill_backward_sites)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
@@ -141,9 +151,12 @@ struct KernelTable {
 const KernelTable* scalar_table();
 const KernelTable* avx2_table();  // null when not compiled in
 const KernelTable* avx512_table();
+const KernelTable* avx512bf16_table();
 
 // The table of a given ISA ("scalar", "avx2", "avx512"), or of the best one ("auto"); null when
 // this machine cannot run it.
 const KernelTable* table_for(const char* isa);
+// The table for bfloat16 maps; null when this machine has no instructions for them.
+const KernelTable* bfloat16_table();
 
 }  // namespace sparsight

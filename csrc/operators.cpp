@@ -62,14 +62,14 @@ void run_conv(const KernelTable& table, const ConvCall& call, int64_t num_sites,
   const ConvGeometry& g = call.geometry;
   const int64_t panels = panel_count(g, call.kind);
   const int64_t tiles = (num_sites + table.conv_tile - 1) / table.conv_tile;
-  const int64_t panel_bytes = packed_size(g, call.kind) * 4 / panels;
+  const int64_t panel_bytes = packed_size(g, call.kind, table.unit) * 4 / panels;
   // Panels whose weights stay in L2 while a range of sites passes over them.
   const int64_t group =
       std::max<int64_t>(1, std::min<int64_t>(panels, 393216 / std::max<int64_t>(1, panel_bytes)));
   const int64_t groups = (panels + group - 1) / group;
   const int64_t weight_bytes = panel_bytes * panels;
-  const int64_t input_bytes =
-      4 * g.in_channels * std::min(num_sites * g.kernel_h * g.kernel_w, g.height * g.width);
+  const int64_t input_bytes = table.element_size * g.in_channels *
+                              std::min(num_sites * g.kernel_h * g.kernel_w, g.height * g.width);
   const bool by_panel = num_threads > 1 && panels >= num_threads &&
                         (tiles < 2 * num_threads || weight_bytes > 2 * input_bytes);
   if (by_panel) {
@@ -120,7 +120,7 @@ void make_bit_map(const uint8_t* mask, int64_t height, int64_t width, int64_t wi
   }
 }
 
-void OwnedFillTables::build(const float* log_kernel, int64_t window) {
+void OwnedFillTables::build(const float* log_kernel, int64_t window, float negligible) {
   const int64_t taps = window * window;
   std::vector<float> values(log_kernel, log_kernel + taps);
   std::sort(values.begin(), values.end(), std::greater<float>());
@@ -140,7 +140,7 @@ void OwnedFillTables::build(const float* log_kernel, int64_t window) {
       if (log_kernel[tap] == values[l]) set(words[l], tap);
       const float ratio = std::exp(log_kernel[tap] - values[l]);
       numbers_[l * taps + tap] = ratio;
-      if (ratio > kNegligible) set(words[levels + l], tap);
+      if (ratio > negligible) set(words[levels + l], tap);
     }
     numbers_[levels * taps + tap] = std::exp(log_kernel[tap]);
     if (numbers_[levels * taps + tap] > 0.0f) set(words[2 * levels], tap);
@@ -220,7 +220,7 @@ void hard_fill(const KernelTable& table, const float* features, const uint8_t* m
   const int64_t positions = height * width;
   uint8_t* bits = thread_scratch().get<uint8_t>(0, bit_map_size(height, width, window));
   OwnedFillTables tables;
-  tables.build(log_kernel, window);
+  tables.build(log_kernel, window, kNegligible);
   for (int64_t image = 0; image < batch; ++image) {
     make_bit_map(mask + image * positions, height, width, window, bits);
     FillCall call{};

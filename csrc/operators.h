@@ -40,7 +40,8 @@ void make_bit_map(const uint8_t* mask, int64_t height, int64_t width, int64_t wi
 // FillTables of a kernel, in memory of its own.
 class OwnedFillTables {
  public:
-  void build(const float* log_kernel, int64_t window);
+  // A tap is left out where it weighs less than `negligible` of the nearest one.
+  void build(const float* log_kernel, int64_t window, float negligible);
   const FillTables* get() const { return &tables_; }
 
  private:

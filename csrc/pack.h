@@ -6,7 +6,10 @@
 // lanes layout:  [16 channels][tap][j in channels per group][16 output channels]
 //   For C/groups == O/groups in {1, 2, 4, 8, 16}: output lane o reads input channel group(o)*Cg +
 //   j.
-// bias: [panel][32], or [channel] in the lanes layout; padded with zeros.
+// For bfloat16 maps a float of the panel layout is a unit of two channels, the even one in its
+// lower half; of an odd number the last unit ends in a zero, which the kernels multiply by nothing.
+// The lanes layout stays float32. bias: [panel][32], or [channel] in the lanes layout; padded with
+// zeros.
 #pragma once
 #include <cstring>
 
@@ -45,21 +48,45 @@ static inline PackKind pack_kind(int64_t in_channels, int64_t out_channels, int6
 }
 
 // Number of floats of `panels` panels (in the lanes layout, of as many pairs of lane groups).
-static inline int64_t packed_offset(const ConvGeometry& g, PackKind kind, int64_t panels) {
+static inline int64_t packed_offset(const ConvGeometry& g, PackKind kind, int64_t panels,
+                                    int64_t unit) {
   const int64_t taps = g.kernel_h * g.kernel_w, in_per_group = g.in_channels / g.groups;
-  return panels * taps * in_per_group * (kind == PackKind::lanes ? 2 * kLaneGroup : kPanel);
+  if (kind == PackKind::lanes) return panels * taps * in_per_group * 2 * kLaneGroup;
+  return panels * taps * ((in_per_group + unit - 1) / unit) * kPanel;
 }
 
-static inline int64_t packed_size(const ConvGeometry& g, PackKind kind) {
-  return packed_offset(g, kind, panel_count(g, kind));
+static inline int64_t packed_size(const ConvGeometry& g, PackKind kind, int64_t unit) {
+  return packed_offset(g, kind, panel_count(g, kind), unit);
+}
+
+// The nearest bfloat16, ties to even, as its bits.
+static inline uint16_t nearest_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Puts the value of channel c where the float (or half of one) of its unit is: units of one column
+// lie `stride` floats apart.
+static inline void put_channel(float* column, int64_t c, int64_t stride, int64_t unit,
+                               float value) {
+  if (unit == 1) {
+    column[c * stride] = value;
+    return;
+  }
+  const uint16_t bits = nearest_bfloat16(value);
+  std::memcpy(reinterpret_cast<char*>(column + c / 2 * stride) + c % 2 * sizeof bits, &bits,
+              sizeof bits);
 }
 
 // weight: contiguous (O, C/groups, kh, kw). packed: packed_size floats, overwritten.
 static inline void pack_weight(const ConvGeometry& g, PackKind kind, const float* weight,
-                               float* packed) {
+                               float* packed, int64_t unit) {
   const int64_t taps = g.kernel_h * g.kernel_w;
   const int64_t in_per_group = g.in_channels / g.groups;
-  std::memset(packed, 0, sizeof(float) * packed_size(g, kind));
+  const int64_t units = (in_per_group + unit - 1) / unit;
+  std::memset(packed, 0, sizeof(float) * packed_size(g, kind, unit));
   if (kind == PackKind::lanes) {
     for (int64_t o = 0; o < g.out_channels; ++o)
       for (int64_t j = 0; j < in_per_group; ++j)
@@ -70,12 +97,12 @@ static inline void pack_weight(const ConvGeometry& g, PackKind kind, const float
   }
   for (int64_t p = 0; p < panel_count(g, kind); ++p) {
     const Panel panel = panel_at(g, p);
-    float* base = packed + packed_offset(g, kind, p);
+    float* base = packed + packed_offset(g, kind, p, unit);
     for (int64_t lane = 0; lane < panel.width; ++lane)
       for (int64_t c = 0; c < in_per_group; ++c)
         for (int64_t t = 0; t < taps; ++t)
-          base[(t * in_per_group + c) * kPanel + lane] =
-              weight[((panel.first_out + lane) * in_per_group + c) * taps + t];
+          put_channel(base + t * units * kPanel + lane, c, kPanel, unit,
+                      weight[((panel.first_out + lane) * in_per_group + c) * taps + t]);
   }
 }
 
@@ -86,21 +113,25 @@ static inline int64_t head_vector_columns(int64_t columns) {
   return rest <= 2 ? columns - rest : columns - rest + kHeadColumns;
 }
 
-// Floats of packed heads.
-static inline int64_t packed_heads_size(int64_t columns, int64_t channels) {
+// Floats of packed heads; channels is a multiple of the unit.
+static inline int64_t packed_heads_size(int64_t columns, int64_t channels, int64_t unit) {
   const int64_t vector_columns = head_vector_columns(columns);
-  return channels * (columns > vector_columns ? columns : vector_columns);
+  return channels / unit * (columns > vector_columns ? columns : vector_columns);
 }
 
 // weight: (columns, channels). packed: packed_heads_size floats, overwritten.
-static inline void pack_heads(int64_t columns, int64_t channels, const float* weight,
-                              float* packed) {
+static inline void pack_heads(int64_t columns, int64_t channels, const float* weight, float* packed,
+                              int64_t unit) {
   const int64_t vector_columns = head_vector_columns(columns);
-  std::memset(packed, 0, sizeof(float) * packed_heads_size(columns, channels));
+  std::memset(packed, 0, sizeof(float) * packed_heads_size(columns, channels, unit));
   for (int64_t j = 0; j < columns; ++j)
-    for (int64_t c = 0; c < channels; ++c)
-      packed[j < vector_columns ? c * vector_columns + j : j * channels + c] =
-          weight[j * channels + c];
+    for (int64_t c = 0; c < channels; ++c) {
+      const float value = weight[j * channels + c];
+      if (j < vector_columns)
+        put_channel(packed + j, c, vector_columns, unit, value);
+      else
+        put_channel(packed + j * (channels / unit), c, 1, unit, value);
+    }
 }
 
 // packed: panel_count * 32 floats, overwritten; bias may be null.

@@ -18,6 +18,7 @@ constexpr int64_t kStreamedBytes = 16 << 20;
 enum Slot {
   kZeroRow = 8,
   kHeads,
+  kZeroHeads,
   kSites,
   kHoles,
   kRowOf,
@@ -85,11 +86,14 @@ struct Runner {
 
   const int64_t* mask_spec(int64_t m) const { return mask_fields(a.spec, m); }
   const int64_t* stage_spec(int64_t s) const { return stage_fields(a.spec, s); }
+  const void* image_of(const void* maps, int64_t elements) const {
+    return static_cast<const char*>(maps) + elements * table.element_size;
+  }
 
   // z[p][column] = x[p] . head column; a logit is then a sum of nine shifted columns: a 3x3
   // convolution to one channel read as a GEMM, so that x is streamed once for all the heads of the
   // block.
-  const float* run_heads(const float* x) {
+  const float* run_heads(const void* x) {
     bool wanted = false;
     for (int64_t m = 0; m < a.spec[kNumMasks]; ++m)
       wanted |= mask_spec(m)[kParent] < 0 && !a.given[m];
@@ -112,6 +116,17 @@ struct Runner {
     return std::max(a.spec[kHeadCount], head_vector_columns(a.spec[kHeadCount]));
   }
 
+  // Logit of one position whose window may reach over the left or the right border. Rows outside
+  // the map are zeros.
+  float logit_at(const float* const* rows, int64_t x, int64_t stride) const {
+    float logit = 0.0f;
+    for (int64_t ky = 0; ky < 3; ++ky)
+      for (int64_t kx = 0; kx < 3; ++kx)
+        if (x + kx - 1 >= 0 && x + kx - 1 < a.width)
+          logit += rows[ky][(x + kx - 1) * stride + ky * 3 + kx];
+    return logit;
+  }
+
   // Returns false when a logit is NaN.
   bool threshold(int64_t m, int64_t image, const float* z, float* logits) {
     const int64_t* fields = mask_spec(m);
@@ -121,32 +136,47 @@ struct Runner {
     const int64_t stride = head_stride();
     const float bias = a.params[fields[kHeadBias]];
     const float* noise = a.noise[m] + image * mask.height * mask.width;
+    float* outside = scratch.get<float>(kZeroHeads, a.width * stride);
+    std::memset(outside, 0, sizeof(float) * a.width * stride);
     std::atomic<bool> bad{false};
     parallel_ranges(threads, mask.height, [&](int64_t begin, int64_t end) {
       bool nan = false;
-      for (int64_t y = begin; y < end; ++y)
-        for (int64_t x = 0; x < mask.width; ++x) {
-          float logit = bias;
-          for (int64_t ky = 0; ky < 3; ++ky) {
-            const int64_t iy = y * stride_h + ky - 1;
-            if (iy < 0 || iy >= a.height) continue;
-            for (int64_t kx = 0; kx < 3; ++kx) {
-              const int64_t ix = x * stride_w + kx - 1;
-              if (ix < 0 || ix >= a.width) continue;
-              logit += z[(iy * a.width + ix) * stride + column + ky * 3 + kx];
-            }
-          }
-          const int64_t p = y * mask.width + x;
-          logits[p] = logit;
-          nan |= std::isnan(logit);
-          mask.bytes[p] = logit + noise[p] >= 0.0f || (grid && y % grid == 0 && x % grid == 0);
+      for (int64_t y = begin; y < end; ++y) {
+        const float* rows[3];
+        for (int64_t ky = 0; ky < 3; ++ky) {
+          const int64_t iy = y * stride_h + ky - 1;
+          rows[ky] = (iy < 0 || iy >= a.height ? outside : z + iy * a.width * stride) + column;
         }
+        float* row = logits + y * mask.width;
+        for (int64_t x = 0; x < mask.width; ++x) {
+          const int64_t ix = x * stride_w;
+          if (ix == 0 || ix + 1 >= a.width) {
+            row[x] = bias + logit_at(rows, ix, stride);
+            continue;
+          }
+          const float* r0 = rows[0] + (ix - 1) * stride;
+          const float* r1 = rows[1] + (ix - 1) * stride;
+          const float* r2 = rows[2] + (ix - 1) * stride;
+          const float top = r0[0] + r0[stride + 1] + r0[2 * stride + 2];
+          const float middle = r1[3] + r1[stride + 4] + r1[2 * stride + 5];
+          const float bottom = r2[6] + r2[stride + 7] + r2[2 * stride + 8];
+          row[x] = bias + (top + middle + bottom);
+        }
+        const float* noise_row = noise + y * mask.width;
+        uint8_t* bytes = mask.bytes + y * mask.width;
+        for (int64_t x = 0; x < mask.width; ++x) {
+          nan |= row[x] != row[x];
+          bytes[x] = row[x] + noise_row[x] >= 0.0f;
+        }
+        if (grid && y % grid == 0)
+          for (int64_t x = 0; x < mask.width; x += grid) bytes[x] = 1;
+      }
       if (nan) bad = true;
     });
     return !bad;
   }
 
-  bool decide(int64_t image, const float* x) {
+  bool decide(int64_t image, const void* x) {
     const float* z = run_heads(x);
     uint8_t* bytes = a.masks + image * mask_positions;
     float* logits = a.logits + image * mask_positions;
@@ -205,17 +235,15 @@ struct Runner {
   // Few input channels (an image) would leave the inner loop a handful of steps. The pixels of one
   // kernel row are neighbours in memory, so a row of a zero-bordered copy is read as kernel_w *
   // channels channels of a kernel one column wide, at the stride of one pixel.
-  const float* merge_rows(const float* input, ConvGeometry& g) {
-    const int64_t channels = g.in_channels, padded_width = g.width + 2 * g.pad_w;
-    const int64_t padded_height = g.height + 2 * g.pad_h;
+  const void* merge_rows(const void* input, ConvGeometry& g) {
+    const int64_t padded_width = g.width + 2 * g.pad_w, padded_height = g.height + 2 * g.pad_h;
     // The last run may reach past the last pixel of the last row, never past its kernel.
-    float* padded = scratch.get<float>(kMerged, padded_height * padded_width * channels);
-    std::memset(padded, 0, sizeof(float) * padded_height * padded_width * channels);
-    parallel_ranges(threads, g.height, [&](int64_t begin, int64_t end) {
-      for (int64_t y = begin; y < end; ++y)
-        std::memcpy(padded + ((y + g.pad_h) * padded_width + g.pad_w) * channels,
-                    input + y * g.width * channels, sizeof(float) * g.width * channels);
-    });
+    char* padded = scratch.get<char>(
+        kMerged, padded_height * padded_width * g.in_channels * table.element_size);
+    if (table.element_size == 2)
+      copy_padded(static_cast<const uint16_t*>(input), g, reinterpret_cast<uint16_t*>(padded));
+    else
+      copy_padded(static_cast<const uint32_t*>(input), g, reinterpret_cast<uint32_t*>(padded));
     g.in_channels *= g.kernel_w;
     g.kernel_w = 1;
     g.height = padded_height;
@@ -224,37 +252,97 @@ struct Runner {
     return padded;
   }
 
+  template <class Bits>
+  void copy_padded(const Bits* input, const ConvGeometry& g, Bits* padded) {
+    const int64_t channels = g.in_channels, pixels = g.height * g.width;
+    const int64_t border = g.pad_w * channels, row = g.width * channels + 2 * border;
+    parallel_ranges(threads, g.height + 2 * g.pad_h, [&](int64_t begin, int64_t end) {
+      for (int64_t padded_y = begin; padded_y < end; ++padded_y) {
+        const int64_t y = padded_y - g.pad_h;
+        Bits* out = padded + padded_y * row;
+        if (y < 0 || y >= g.height) {
+          std::memset(out, 0, sizeof(Bits) * row);
+          continue;
+        }
+        std::memset(out, 0, sizeof(Bits) * border);
+        std::memset(out + row - border, 0, sizeof(Bits) * border);
+        out += border;
+        if (!a.planar) {
+          std::memcpy(out, input + y * g.width * channels, sizeof(Bits) * g.width * channels);
+          continue;
+        }
+        for (int64_t c = 0; c < channels; ++c) {
+          const Bits* plane = input + c * pixels + y * g.width;
+          for (int64_t x = 0; x < g.width; ++x) out[x * channels + c] = plane[x];
+        }
+      }
+    });
+  }
+
   // Positions of mask m that `next`, on its own sites, reads and that are holes.
   int64_t needed_holes(int64_t m, const ConvGeometry& next, const Mask& readers, int32_t* holes) {
     const Mask& mask = masks[m];
     const int64_t positions = mask.height * mask.width;
     auto* needed = scratch.get<uint8_t>(kNeeded, positions);
-    std::memset(needed, 0, positions);
-    for (int64_t i = 0; i < readers.count; ++i) {
-      const int64_t site = readers.sites ? readers.sites[i] : i;
-      const int64_t y0 = site / readers.width * next.stride_h - next.pad_h;
-      const int64_t x0 = site % readers.width * next.stride_w - next.pad_w;
-      for (int64_t ky = 0; ky < next.kernel_h; ++ky) {
-        const int64_t y = y0 + ky * next.dilation_h;
-        if (y < 0 || y >= mask.height) continue;
-        for (int64_t kx = 0; kx < next.kernel_w; ++kx) {
-          const int64_t x = x0 + kx * next.dilation_w;
-          if (x >= 0 && x < mask.width) needed[y * mask.width + x] = 1;
-        }
-      }
+    if (readers.full()) {
+      std::memset(needed, 1, positions);
+    } else {
+      std::memset(needed, 0, positions);
+      if (next.stride_h == 1 && next.stride_w == 1)
+        mark_windows(next, readers, needed);
+      else
+        mark_reads(next, readers, needed);
     }
     for (int64_t p = 0; p < positions; ++p) needed[p] = needed[p] && !mask.bytes[p];
     return list_sites(needed, positions, holes);
   }
 
+  // Without a stride: the readers' map moved by every tap.
+  static void mark_windows(const ConvGeometry& next, const Mask& readers, uint8_t* needed) {
+    for (int64_t y = 0; y < readers.height; ++y)
+      for (int64_t ky = 0; ky < next.kernel_h; ++ky) {
+        const int64_t iy = y - next.pad_h + ky * next.dilation_h;
+        if (iy < 0 || iy >= next.height) continue;
+        for (int64_t kx = 0; kx < next.kernel_w; ++kx) {
+          const int64_t shift = kx * next.dilation_w - next.pad_w;
+          const int64_t first = std::max<int64_t>(0, -shift);
+          const int64_t last = std::min(readers.width, next.width - shift);
+          const uint8_t* from = readers.bytes + y * readers.width;
+          uint8_t* to = needed + iy * next.width + shift;
+          for (int64_t x = first; x < last; ++x) to[x] |= from[x];
+        }
+      }
+  }
+
+  static void mark_reads(const ConvGeometry& next, const Mask& readers, uint8_t* needed) {
+    for (int64_t i = 0; i < readers.count; ++i) {
+      const int64_t site = readers.sites[i];
+      const int64_t y0 = site / readers.width * next.stride_h - next.pad_h;
+      const int64_t x0 = site % readers.width * next.stride_w - next.pad_w;
+      for (int64_t ky = 0; ky < next.kernel_h; ++ky) {
+        const int64_t y = y0 + ky * next.dilation_h;
+        if (y < 0 || y >= next.height) continue;
+        for (int64_t kx = 0; kx < next.kernel_w; ++kx) {
+          const int64_t x = x0 + kx * next.dilation_w;
+          if (x >= 0 && x < next.width) needed[y * next.width + x] = 1;
+        }
+      }
+    }
+  }
+
+  // Larger than the caches near a core: written past them, it is not read for ownership first.
+  static bool streams(const void* output, int64_t bytes) {
+    return bytes >= kStreamedBytes && reinterpret_cast<uintptr_t>(output) % 64 == 0;
+  }
+
   void run_image(int64_t image) {
     const int64_t stages = a.spec[kNumStages];
-    const float* input = a.x + image * a.height * a.width * a.spec[kInChannels];
+    const void* input = image_of(a.x, image * a.height * a.width * a.spec[kInChannels]);
     int64_t height = a.height, width = a.width;
     int64_t widest = 0;
     for (int64_t s = 0; s < stages; ++s) widest = std::max(widest, stage_spec(s)[kStageIn]);
-    float* zero_row = scratch.get<float>(kZeroRow, widest);
-    std::memset(zero_row, 0, sizeof(float) * widest);
+    char* zero_row = scratch.get<char>(kZeroRow, widest * table.element_size);
+    std::memset(zero_row, 0, widest * table.element_size);
     bool compact = false;
     for (int64_t s = 0; s < stages; ++s) {
       const int64_t* stage = stage_spec(s);
@@ -282,11 +370,16 @@ struct Runner {
       call.output_stride = stage[kStageOut];
       call.relu = stage[kStageRelu];
       call.compact_output = last || stays;
-      float* image_output = a.output + image * mask.height * mask.width * stage[kStageOut];
-      const float* shortcut =
-          a.shortcut ? a.shortcut + image * mask.height * mask.width * stage[kStageOut] : nullptr;
+      const int64_t map = mask.height * mask.width * stage[kStageOut];
+      const int64_t output_size = a.float_output ? sizeof(float) : table.element_size;
+      char* image_output = static_cast<char*>(a.output) + image * map * output_size;
+      const void* shortcut = a.shortcut ? image_of(a.shortcut, image * map) : nullptr;
       if (last && mask.full()) {
         call.output = image_output;
+        call.float_output = a.float_output;
+        // Of the lanes layout no whole lines are written.
+        call.stream = call.kind == PackKind::panel && streams(image_output, map * output_size) &&
+                      stage[kStageOut] / stage[kStageGroups] % kPanel == 0;
         call.residual = shortcut;
         call.residual_stride = stage[kStageOut];
         call.relu = a.spec[kReluOut] || stage[kStageRelu];
@@ -294,8 +387,9 @@ struct Runner {
         return;
       }
       const int64_t rows = call.compact_output ? mask.count : mask.height * mask.width;
-      float* output = scratch.get<float>(s % 2 ? kStageB : kStageA,
-                                         std::max<int64_t>(1, rows) * stage[kStageOut]);
+      char* output =
+          scratch.get<char>(s % 2 ? kStageB : kStageA,
+                            std::max<int64_t>(1, rows) * stage[kStageOut] * table.element_size);
       call.output = output;
       run_conv(table, call, mask.count, threads);
       if (last) {
@@ -310,11 +404,9 @@ struct Runner {
         fill.output = image_output;
         fill.output_stride = stage[kStageOut];
         fill.relu = a.spec[kReluOut];
-        // Larger than the caches near a core: written past them, it is not read for ownership
-        // first.
-        fill.stream = mask.height * mask.width * stage[kStageOut] * 4 >= kStreamedBytes &&
-                      stage[kStageOut] % 64 == 0 &&
-                      reinterpret_cast<uintptr_t>(image_output) % 64 == 0;
+        fill.float_output = a.float_output;
+        fill.stream =
+            streams(image_output, map * output_size) && stage[kStageOut] % (2 * kPanel) == 0;
         parallel_ranges(threads, mask.height * mask.width,
                         [&](int64_t begin, int64_t end) { table.fill(fill, begin, end); });
         return;
@@ -348,7 +440,8 @@ struct Runner {
       mask_positions += masks[m].height * masks[m].width;
     }
     for (int64_t image = 0; image < a.batch; ++image) {
-      if (!decide(image, a.x + image * a.height * a.width * a.spec[kInChannels])) return image;
+      if (!decide(image, image_of(a.x, image * a.height * a.width * a.spec[kInChannels])))
+        return image;
       run_image(image);
     }
     return -1;

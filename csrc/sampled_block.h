@@ -3,7 +3,7 @@
 //
 // `spec` (int64) says what the block is, `params` (float32) holds its packed weights; both are
 // written once by convert/freeze.py with the field order below. Offsets count floats in `params`;
-// -1 is "none".
+// -1 is "none". Maps are float32, or bfloat16 where a unit of the weights is two channels.
 //   header      : kHeaderFields
 //   then masks  : num_masks  x kMaskFields
 //   then stages : num_stages x kStageFields
@@ -21,9 +21,10 @@ enum HeaderField {
   kNumMasks,
   kNumStages,
   kReluOut,
-  kHeadWeight,  // offset of the packed heads
-  kRowMerge,    // 1: the only stage reads a kernel row as one run of channels, see merge_rows
-  kHeadCount,   // their columns: 9 for each mask with a head
+  kHeadWeight,    // offset of the packed heads
+  kRowMerge,      // 1: the only stage reads a kernel row as one run of channels, see merge_rows
+  kHeadCount,     // their columns: 9 for each mask with a head
+  kUnitChannels,  // channels of a unit of the packed weights: 1 of float32, 2 of bfloat16
   kHeaderFields
 };
 enum MaskField {
@@ -59,20 +60,22 @@ enum StageField {
   kStageBias,
   kStageFields
 };
-constexpr int64_t kSpecVersion = 1;
+constexpr int64_t kSpecVersion = 2;
 
 struct BlockArrays {
-  const float* x;         // (batch, height, width, in_channels)
-  const float* shortcut;  // (batch, out_height, out_width, out_channels), or null: none
+  const void* x;         // (batch, height, width, in_channels)
+  bool planar;           // only with kRowMerge: x is (batch, in_channels, height, width)
+  const void* shortcut;  // (batch, out_height, out_width, out_channels), or null: none
   const float* const*
       noise;  // per mask (batch, mask size) added to the logits, or null where given
   const uint8_t* const* given;  // per mask (batch, mask size), or null where its head decides
   const float* params;
   const int64_t* spec;
   int64_t batch, height, width;
-  float* output;   // (batch, out_height, out_width, out_channels)
-  uint8_t* masks;  // per image: all masks, one after another
-  float* logits;   // the same layout; untouched for masks without a head
+  void* output;       // (batch, out_height, out_width, out_channels)
+  bool float_output;  // the output is float32, whatever the input is
+  uint8_t* masks;     // per image: all masks, one after another
+  float* logits;      // the same layout; untouched for masks without a head
 };
 
 // Sizes of mask m and of the output, from the input size.

@@ -9,6 +9,7 @@
 // Input, residual and output are channels-last rows; nothing is gathered, rows are read by pointer.
 // Register budget: AVX-512 12 x 2 accumulators of 16 lanes + 2 weights + 1 broadcast = 27 of 32;
 // AVX2 4 x 2 of 8 lanes + 2 + 1 = 11 of 16 (a panel is walked as two halves); scalar 2 x 4.
+// With bfloat16 maps a step of the inner loop takes a pair of channels (csrc/pack.h).
 // Every element is summed tap by tap, channel by channel, in one order whatever the tile, so that
 // results do not depend on the split over threads. Included in an ISA-named namespace.
 
@@ -38,38 +39,76 @@ static inline SiteOrigin origin_of(const ConvGeometry& g, int64_t position) {
   return {(int64_t)y * g.stride_h - g.pad_h, (int64_t)x * g.stride_w - g.pad_w};
 }
 
-static inline const float* tap_row(const ConvCall& call, SiteOrigin o, int64_t ky, int64_t kx) {
+static inline const Element* tap_row(const ConvCall& call, SiteOrigin o, int64_t ky, int64_t kx) {
   const ConvGeometry& g = call.geometry;
   const int64_t y = o.y + ky * g.dilation_h;
   const int64_t x = o.x + kx * g.dilation_w;
-  if ((uint64_t)y >= (uint64_t)g.height || (uint64_t)x >= (uint64_t)g.width) return call.zero_row;
-  return call.input + (y * g.width + x) * call.input_stride;
+  if ((uint64_t)y >= (uint64_t)g.height || (uint64_t)x >= (uint64_t)g.width)
+    return element_row(call.zero_row, 0);
+  return element_row(call.input, (y * g.width + x) * call.input_stride);
 }
 
 // acc += rows[0..MR) (channels) x packed (channels x 32, this half). `next` are the rows of the
 // tile after this one, drawn towards the cache meanwhile: sites are scattered, the hardware cannot
 // guess.
 template <int MR, bool PREFETCH>
-static inline void accumulate(Vec (&acc)[MR][kVecs], const float* const* rows,
-                              const float* const* next, const float* packed, int64_t channels) {
-  const float* r[MR];
+static inline void accumulate(Vec (&acc)[MR][kVecs], const Element* const* rows,
+                              const Element* const* next, const float* packed, int64_t channels) {
+  const Element* r[MR];
   for (int m = 0; m < MR; ++m) r[m] = rows[m];
-  for (int64_t c = 0; c < channels; ++c) {
-    if (PREFETCH && c % 16 == 0)
-      for (int m = 0; m < MR; ++m) __builtin_prefetch(next[m] + c);
+  const int64_t units = channels / kUnit;
+  for (int64_t u = 0; u < units; ++u) {
+    if (PREFETCH && u % 16 == 0)
+      for (int m = 0; m < MR; ++m) __builtin_prefetch(next[m] + u * kUnit);
     Vec w[kVecs];
     for (int v = 0; v < kVecs; ++v) w[v] = Vec::load(packed + v * Vec::lanes);
     packed += kPanel;
     for (int m = 0; m < MR; ++m) {
-      const Vec a = Vec::set(r[m][c]);
-      for (int v = 0; v < kVecs; ++v) acc[m][v] = fma(a, w[v], acc[m][v]);
+      const Vec a = unit_at(r[m] + u * kUnit);
+      for (int v = 0; v < kVecs; ++v) acc[m][v] = multiply_add(a, w[v], acc[m][v]);
+    }
+  }
+  if (kUnit > 1 && channels % kUnit) {
+    for (int m = 0; m < MR; ++m) {
+      const Vec a = half_unit_at(r[m] + channels - 1);
+      for (int v = 0; v < kVecs; ++v)
+        acc[m][v] = multiply_add(a, Vec::load(packed + v * Vec::lanes), acc[m][v]);
     }
   }
 }
 
+// out[0..left) of one row = relu?(acc + residual)
+template <class Out>
+static inline void store_row(Vec* acc, const Element* residual, bool clamp, bool past_caches,
+                             Out* out, int64_t left) {
+  if (left >= kColumns) {
+    if (residual)
+      for (int v = 0; v < kVecs; ++v) acc[v] = add(acc[v], Vec::load(residual + v * Vec::lanes));
+    if (clamp)
+      for (int v = 0; v < kVecs; ++v) acc[v] = relu(acc[v]);
+    for (int v = 0; v < kVecs; v += 2) {
+      if (past_caches) {
+        stream_pair(out + v * Vec::lanes, acc[v], acc[v + 1]);
+      } else {
+        acc[v].store(out + v * Vec::lanes);
+        acc[v + 1].store(out + (v + 1) * Vec::lanes);
+      }
+    }
+    return;
+  }
+  for (int v = 0; v * Vec::lanes < left; ++v) {
+    const int64_t rest = left - v * Vec::lanes;
+    const int n = rest < Vec::lanes ? (int)rest : Vec::lanes;
+    Vec y = acc[v];
+    if (residual) y = add(y, Vec::load_part(residual + v * Vec::lanes, n));
+    if (clamp) y = relu(y);
+    y.store_part(out + v * Vec::lanes, n);
+  }
+}
+
 template <int MR>
-static inline void conv_tile(const ConvCall& call, const float* const* rows,
-                             const float* const* next, int64_t taps, int64_t range,
+static inline void conv_tile(const ConvCall& call, const Element* const* rows,
+                             const Element* const* next, int64_t taps, int64_t range,
                              int64_t first_channel, const float* packed, const float* bias,
                              int64_t column, int64_t left, const int64_t* in_row, int live) {
   Vec acc[MR][kVecs];
@@ -78,11 +117,11 @@ static inline void conv_tile(const ConvCall& call, const float* const* rows,
     for (int m = 0; m < MR; ++m) acc[m][v] = b;
   }
   for (int64_t t = 0; t < taps; ++t) {
-    const float* shifted[MR];
+    const Element* shifted[MR];
     for (int m = 0; m < MR; ++m) shifted[m] = rows[t * kRows + m] + first_channel;
-    const float* weights = packed + t * range * kPanel;
+    const float* weights = packed + t * ((range + kUnit - 1) / kUnit) * kPanel;
     if (next) {
-      const float* ahead[MR];
+      const Element* ahead[MR];
       for (int m = 0; m < MR; ++m) ahead[m] = next[t * kRows + m] + first_channel;
       accumulate<MR, true>(acc, shifted, ahead, weights, range);
     } else {
@@ -92,29 +131,19 @@ static inline void conv_tile(const ConvCall& call, const float* const* rows,
   for (int m = 0; m < MR; ++m) {
     if (m >= live) break;
     const int64_t position = site_at(call, in_row[m]);
-    float* out =
-        call.output + (call.compact_output ? in_row[m] : position) * call.output_stride + column;
-    const float* res =
-        call.residual ? call.residual + position * call.residual_stride + column : nullptr;
-    for (int v = 0; v < kVecs; ++v) {
-      const int64_t n = left - v * Vec::lanes;
-      if (n <= 0) break;
-      Vec y = acc[m][v];
-      const bool whole = n >= Vec::lanes;
-      if (res)
-        y = add(y, whole ? Vec::load(res + v * Vec::lanes)
-                         : Vec::load_part(res + v * Vec::lanes, (int)n));
-      if (call.relu) y = relu(y);
-      if (whole)
-        y.store(out + v * Vec::lanes);
-      else
-        y.store_part(out + v * Vec::lanes, (int)n);
-    }
+    const int64_t at = (call.compact_output ? in_row[m] : position) * call.output_stride + column;
+    const Element* residual =
+        call.residual ? element_row(call.residual, position * call.residual_stride + column)
+                      : nullptr;
+    if (kUnit == 1 || !call.float_output)
+      store_row(acc[m], residual, call.relu, call.stream, (Element*)call.output + at, left);
+    else
+      store_row(acc[m], residual, call.relu, call.stream, (float*)call.output + at, left);
   }
 }
 
-static inline void dispatch_tile(int live, const ConvCall& call, const float* const* rows,
-                                 const float* const* next, int64_t taps, int64_t range,
+static inline void dispatch_tile(int live, const ConvCall& call, const Element* const* rows,
+                                 const Element* const* next, int64_t taps, int64_t range,
                                  int64_t first_channel, const float* packed, const float* bias,
                                  int64_t column, int64_t left, const int64_t* in_row) {
 #if defined(SPARSIGHT_AVX512)
@@ -142,7 +171,7 @@ static inline void dispatch_tile(int live, const ConvCall& call, const float* co
 }
 
 // Row pointers of up to kRows sites for all taps, [tap][kRows]; missing sites repeat the last one.
-static inline void gather_rows(const ConvCall& call, int64_t begin, int live, const float** rows,
+static inline void gather_rows(const ConvCall& call, int64_t begin, int live, const Element** rows,
                                int64_t* in_row) {
   const ConvGeometry& g = call.geometry;
   for (int m = 0; m < kRows; ++m) {
@@ -150,7 +179,8 @@ static inline void gather_rows(const ConvCall& call, int64_t begin, int live, co
     in_row[m] = i;
     if (call.compact_input) {
       for (int64_t t = 0; t < g.kernel_h * g.kernel_w; ++t)
-        rows[t * kRows + m] = call.input + (i * g.kernel_h * g.kernel_w + t) * call.input_stride;
+        rows[t * kRows + m] =
+            element_row(call.input, (i * g.kernel_h * g.kernel_w + t) * call.input_stride);
       continue;
     }
     const SiteOrigin o = origin_of(g, site_at(call, i));
@@ -163,7 +193,7 @@ static inline void gather_rows(const ConvCall& call, int64_t begin, int live, co
 
 // Grouped and depthwise: a vector of channels stays in its lanes, the input is permuted in them.
 template <int WIDTH>
-static inline void lanes_site(const ConvCall& call, const float* const* rows, int64_t stride_rows,
+static inline void lanes_site(const ConvCall& call, const Element* const* rows, int64_t stride_rows,
                               int64_t taps, int64_t channel, const float* packed, int64_t position,
                               int64_t row) {
   const ConvGeometry& g = call.geometry;
@@ -174,19 +204,27 @@ static inline void lanes_site(const ConvCall& call, const float* const* rows, in
     acc[l] = call.bias && l < count ? call.bias[channel + l] : 0.0f;
   for (int64_t t = 0; t < taps; ++t) {
     float in[kLaneGroup];
-    const float* source = rows[t * stride_rows] + channel;
-    for (int l = 0; l < kLaneGroup; ++l) in[l] = l < count ? source[l] : 0.0f;
+    const Element* source = rows[t * stride_rows] + channel;
+    for (int l = 0; l < kLaneGroup; ++l) in[l] = l < count ? to_float(source[l]) : 0.0f;
     const float* w = packed + t * WIDTH * kLaneGroup;
     for (int j = 0; j < WIDTH; ++j)
       for (int l = 0; l < kLaneGroup; ++l)
         acc[l] += in[l / WIDTH * WIDTH + j] * w[j * kLaneGroup + l];
   }
-  float* out = call.output + (call.compact_output ? row : position) * call.output_stride + channel;
-  const float* res =
-      call.residual ? call.residual + position * call.residual_stride + channel : nullptr;
+  const int64_t at = (call.compact_output ? row : position) * call.output_stride + channel;
+  const Element* res = call.residual
+                           ? element_row(call.residual, position * call.residual_stride + channel)
+                           : nullptr;
   for (int l = 0; l < count; ++l) {
-    float y = acc[l] + (res ? res[l] : 0.0f);
-    out[l] = call.relu && y < 0.0f ? 0.0f : y;
+    acc[l] += res ? to_float(res[l]) : 0.0f;
+    acc[l] = call.relu && acc[l] < 0.0f ? 0.0f : acc[l];
+  }
+  for (int l = 0; l < count; l += Vec::lanes) {
+    const int n = count - l < Vec::lanes ? count - l : Vec::lanes;
+    if (kUnit == 1 || !call.float_output)
+      Vec::load(acc + l).store_part((Element*)call.output + at + l, n);
+    else
+      Vec::load(acc + l).store_part((float*)call.output + at + l, n);
   }
 }
 
@@ -196,7 +234,7 @@ static void conv_lanes(const ConvCall& call, int64_t panel_begin, int64_t panel_
   const int64_t taps = g.kernel_h * g.kernel_w;
   const int64_t width = g.in_channels / g.groups;
   const int64_t block = taps * width * kLaneGroup;
-  const float* rows[kMaxTaps * kRows];
+  const Element* rows[kMaxTaps * kRows];
   int64_t in_row[kRows];
   for (int64_t tile = begin; tile < end; tile += kRows) {
     const int live = end - tile < kRows ? (int)(end - tile) : kRows;
@@ -236,18 +274,18 @@ static void conv(const ConvCall& call, int64_t panel_begin, int64_t panel_end, i
   if (call.kind == PackKind::lanes) return conv_lanes(call, panel_begin, panel_end, begin, end);
   const ConvGeometry& g = call.geometry;
   const int64_t taps = g.kernel_h * g.kernel_w;
-  const float* buffers[2][kMaxTaps * kRows];
+  const Element* buffers[2][kMaxTaps * kRows];
   int64_t in_rows[2][kRows];
   int current = 0;
   if (begin < end) gather_rows(call, begin, live_rows(end - begin), buffers[0], in_rows[0]);
-  const int64_t offset = packed_offset(g, PackKind::panel, panel_begin);
+  const int64_t offset = packed_offset(g, PackKind::panel, panel_begin, kUnit);
   const int64_t range = g.in_channels / g.groups;
   for (int64_t tile = begin; tile < end; tile += kRows) {
     const int live = live_rows(end - tile);
-    const float* const* rows = buffers[current];
+    const Element* const* rows = buffers[current];
     const int64_t* in_row = in_rows[current];
     current ^= 1;
-    const float* const* next = nullptr;
+    const Element* const* next = nullptr;
     if (tile + kRows < end) {
       gather_rows(call, tile + kRows, live_rows(end - tile - kRows), buffers[current],
                   in_rows[current]);
@@ -261,7 +299,8 @@ static void conv(const ConvCall& call, int64_t panel_begin, int64_t panel_end, i
         dispatch_tile(live, call, rows, half == 0 && panel == panel_begin ? next : nullptr, taps,
                       range, at.first_in, packed + half, bias ? bias + half : nullptr,
                       at.first_out + half, at.width - half, in_row);
-      packed += taps * range * kPanel;
+      packed += taps * ((range + kUnit - 1) / kUnit) * kPanel;
     }
   }
+  if (call.stream) stream_fence();
 }

@@ -1,8 +1,22 @@
-// A small vector facade over float32, one definition per instruction set.
+// A small vector facade over float32, one definition per instruction set, and what a map is made
+// of: Element, float or bfloat16, read and written as float32 lanes.
+//
+// A unit is what one packed float of the weights holds: one channel, or in bfloat16 a pair that one
+// instruction multiplies and adds (csrc/pack.h).
 //
 // Included inside namespace sparsight::SPARSIGHT_ISA by isa_*.cpp only, so that no symbol compiled
 // with wide instructions can be merged with another file's (the one-definition trap: numpy#25274).
 // No std:: templates here or in the bodies that use it.
+#if defined(SPARSIGHT_BFLOAT16)
+struct Element {
+  uint16_t bits;
+};
+constexpr int kUnit = 2;
+#else
+typedef float Element;
+constexpr int kUnit = 1;
+#endif
+
 #if defined(SPARSIGHT_AVX512)
 
 struct Vec {
@@ -21,6 +35,21 @@ struct Vec {
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1u), v);
   }
   inline float sum() const { return _mm512_reduce_add_ps(v); }
+  inline float first() const { return _mm512_cvtss_f32(v); }
+#if defined(SPARSIGHT_BFLOAT16)
+  static inline Vec widen(__m256i bits) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  inline __m256i narrow() const { return (__m256i)_mm512_cvtneps_pbh(v); }
+  static inline Vec load(const Element* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+  static inline Vec load_part(const Element* p, int n) {
+    return widen(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1u), p));
+  }
+  inline void store(Element* p) const { _mm256_storeu_si256((__m256i*)p, narrow()); }
+  inline void store_part(Element* p, int n) const {
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1u), narrow());
+  }
+#endif
 };
 // Makes streamed stores visible to whoever is told that they are done.
 static inline void stream_fence() {
@@ -29,6 +58,27 @@ static inline void stream_fence() {
 static inline Vec fma(Vec a, Vec b, Vec c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
+#if defined(SPARSIGHT_BFLOAT16)
+// The pair of channels at p in every lane; the same with a second channel of zero.
+static inline Vec unit_at(const Element* p) {
+  int32_t pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return {_mm512_castsi512_ps(_mm512_set1_epi32(pair))};
+}
+static inline Vec half_unit_at(const Element* p) {
+  return {_mm512_castsi512_ps(_mm512_set1_epi32(p->bits))};
+}
+static inline Vec units_at(const Element* p) {
+  return {_mm512_loadu_ps(p)};
+}
+// c + the products of the pairs of a and b, lane by lane.
+static inline Vec multiply_add(Vec a, Vec b, Vec c) {
+  return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+static inline void stream_pair(Element* p, Vec low, Vec high) {
+  _mm512_stream_si512((__m512i*)p, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
+}
+#endif
 static inline Vec add(Vec a, Vec b) {
   return {_mm512_add_ps(a.v, b.v)};
 }
@@ -63,6 +113,7 @@ struct Vec {
     s = _mm_add_ss(s, _mm_shuffle_ps(s, s, 1));
     return _mm_cvtss_f32(s);
   }
+  inline float first() const { return _mm256_cvtss_f32(v); }
 };
 static inline void stream_fence() {
   _mm_sfence();
@@ -95,6 +146,7 @@ struct Vec {
     if (n > 0) *p = v;
   }
   inline float sum() const { return v; }
+  inline float first() const { return v; }
 };
 static inline void stream_fence() {}
 static inline Vec fma(Vec a, Vec b, Vec c) {
@@ -111,3 +163,40 @@ static inline Vec relu(Vec a) {
 }
 
 #endif
+
+#if !defined(SPARSIGHT_BFLOAT16)
+static inline Vec unit_at(const Element* p) {
+  return Vec::set(*p);
+}
+static inline Vec half_unit_at(const Element* p) {
+  return Vec::set(*p);
+}
+static inline Vec units_at(const Element* p) {
+  return Vec::load(p);
+}
+static inline Vec multiply_add(Vec a, Vec b, Vec c) {
+  return fma(a, b, c);
+}
+static inline void stream_pair(Element* p, Vec low, Vec high) {
+  low.stream(p);
+  high.stream(p + Vec::lanes);
+}
+static inline float to_float(Element x) {
+  return x;
+}
+#else
+static inline void stream_pair(float* p, Vec low, Vec high) {
+  low.stream(p);
+  high.stream(p + Vec::lanes);
+}
+static inline float to_float(Element x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+#endif
+
+static inline const Element* element_row(const void* base, int64_t elements) {
+  return (const Element*)base + elements;
+}

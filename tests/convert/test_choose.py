@@ -14,6 +14,7 @@ from sparsight.convert import ConversionError
 from sparsight.nn import Sampler, SamplingDecision, ZeroFill, record_sampling
 from sparsight.nn.frozen_block import FrozenBlock
 from sparsight.nn.frozen_conv import FrozenConv2d
+from sparsight.ops import cpu
 
 # Relative to the largest output; the two paths round differently, layer by layer.
 TOLERANCE = 1e-4
@@ -196,6 +197,23 @@ def test_both_forms_are_timed_with_the_frozen_shortcut(monkeypatch):
     frozen = sparsight.freeze(model, example=torch.randn(1, 3, 33, 33), choose="measured")
     assert isinstance(frozen.layer2[0].downsample[0], FrozenConv2d)
     assert {id(s) for s in shortcuts} == {id(m.downsample) for m in frozen_layers(frozen).values()}
+
+
+@pytest.mark.skipif(not cpu.has_bfloat16(), reason="needs AVX-512 BF16")
+@pytest.mark.parametrize("choose", ["measured", lambda name, layer: "dense"])
+def test_dense_layers_hand_on_bfloat16_like_sampled_ones(clock, choose):
+    model, x = make_network(), torch.randn(1, 3, 65, 65)
+    frozen = sparsight.freeze(model, example=x, choose=choose, dtype=torch.bfloat16)
+    assert set(forms(frozen).values()) == {"dense"}
+    sampled = frozen_layers(sparsight.freeze(model, example=x, dtype=torch.bfloat16))
+    assert sampled["layer2.0"].output_dtype == torch.bfloat16  # or this would say nothing
+    for name, layer in frozen_layers(frozen).items():
+        for attribute in ("dtype", "output_dtype", "shortcut_dtype"):
+            assert getattr(layer, attribute) == getattr(sampled[name], attribute)
+    expected = fill_masks(copy.deepcopy(model))
+    with torch.no_grad():
+        error = relative_error(frozen(x), expected(x))
+        assert error < 1e-2 < relative_error(frozen(x), model(x))
 
 
 def test_slow_layers_are_sampled_less_often(clock):

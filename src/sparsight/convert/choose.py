@@ -185,6 +185,8 @@ def faster_dense(
             if timing.dense is None:
                 timing.dense = pack_dense(source_of[timing.sampled])
                 timing.dense.downsample = timing.sampled.downsample
+                timing.dense.shortcut_dtype = timing.sampled.shortcut_dtype
+                timing.dense.output_dtype = timing.sampled.output_dtype
             _add_call(timing, timing.dense, x)
         finally:
             is_timing = False

@@ -13,10 +13,12 @@ from torch.utils import _pytree as pytree
 from sparsight.convert.choose import Choose, faster_dense, told_forms
 from sparsight.convert.find import ConversionError, has_hooks
 from sparsight.convert.fold import fold_norms, fuse_relus
+from sparsight.convert.map_dtypes import keep_maps_narrow
 from sparsight.nn.frozen_block import Form, FrozenBlock, FrozenSampler, refusal
 from sparsight.nn.frozen_conv import FrozenConv2d, refusal_of_conv
 from sparsight.nn.sampled_block import SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
+from sparsight.ops import cpu
 
 __all__ = ["freeze"]
 
@@ -32,7 +34,7 @@ def freeze(
 
     Norms and activations are folded into the convolutions, weights are packed once, and every
     sampled block becomes one operator call. The copy takes any batch and input size and returns
-    what ``model.eval()`` returns, up to float32 rounding.
+    what ``model.eval()`` returns, up to the rounding of `dtype`.
 
     That law is why nothing runs dense unless `choose` asks for it: where dense is faster, it also
     computes what the source interpolates. A layer that is chosen to run dense returns what its
@@ -44,7 +46,11 @@ def freeze(
             changed. Its eval-mode function is frozen, whatever its mode.
         example: what the model takes as its one argument: a tensor, or a list of images. It is run
             to see which norms can be folded and that the copy keeps the call contract.
-        dtype: torch.float32 or None (default), which takes the model's.
+        dtype: what the layers compute in: torch.float32 or None (default), which takes the model's,
+            or torch.bfloat16, whose weights, features and sampler heads have 8 bits of mantissa and
+            whose sums are float32; it needs a CPU with AVX-512 BF16. The model takes and returns
+            float32 either way: maps are bfloat16 where only frozen layers read them, as seen in
+            one run on `example`. A logit within its rounding of 0 may decide the other way.
         choose: which sampled layers run dense. None (default): none. "measured": those that are
             faster dense by more than 2 % on what they receive when the model runs `example`, by
             medians taken in turns, about half a second a layer; the choice is one for this
@@ -61,9 +67,10 @@ def freeze(
 
     Raises:
         TypeError: the model is no module, or `choose` nothing of the above.
-        ConversionError: the model is frozen already, is not float32 on the CPU, `choose` names
-            what is no sampled layer, says an unknown word or asks for dense where that cannot be,
-            or the copy does not return what the source returns for `example`.
+        ConversionError: the model is frozen already or is not float32 on the CPU, this CPU cannot
+            compute in `dtype`, `choose` names what is no sampled layer, says an unknown word or
+            asks for dense where that cannot be, or the copy does not return what the source
+            returns for `example`.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -76,12 +83,18 @@ def freeze(
             f"freeze: model is a {type(model).__name__}, but must be a torch.nn.Module; pass what "
             "sparsify returned."
         )
-    if dtype not in (None, torch.float32):
+    dtype = torch.float32 if dtype is None else dtype
+    if dtype not in (torch.float32, torch.bfloat16):
         raise ConversionError(
-            f"freeze: dtype is {dtype}, but the kernels of this version compute in torch.float32; "
-            "leave dtype out."
+            f"freeze: dtype is {dtype}, but the kernels compute in torch.float32 or "
+            "torch.bfloat16; pass one of them, or leave dtype out."
         )
-    if any(isinstance(module, FrozenBlock) for module in model.modules()):
+    if dtype == torch.bfloat16 and not cpu.has_bfloat16():
+        raise ConversionError(
+            "freeze: dtype is torch.bfloat16, but this CPU, or the compiler that sparsight was "
+            "built with, has no AVX-512 BF16 instructions; leave dtype out for float32."
+        )
+    if any(isinstance(module, FrozenBlock | FrozenConv2d) for module in model.modules()):
         raise ConversionError(
             "freeze: the model is frozen already, but a trainable one is needed; pass the "
             "converted model that it was made from."
@@ -104,11 +117,13 @@ def freeze(
         for name, module in frozen.named_modules(remove_duplicate=False)
         if choose == "measured" and isinstance(module, SampledBlock | SampledConv2d)
     }
-    frozen, kept = _freeze_sampled(frozen, forms)
-    frozen = _freeze_dense(frozen, kept, example)
+    frozen, kept = _freeze_sampled(frozen, forms, dtype)
+    frozen = _freeze_dense(frozen, kept, example, dtype)
     frozen = frozen.to(memory_format=torch.channels_last)
+    if dtype == torch.bfloat16:
+        keep_maps_narrow(frozen, example)
     if sources:
-        frozen = _take_faster(frozen, sources, example)
+        frozen = _take_faster(frozen, sources, example, dtype)
     with torch.no_grad():
         arrived = _contract(frozen(example))
     if arrived != expected:
@@ -120,7 +135,7 @@ def freeze(
 
 
 def _freeze_sampled(
-    model: nn.Module, forms: Mapping[str, Form]
+    model: nn.Module, forms: Mapping[str, Form], dtype: torch.dtype
 ) -> tuple[nn.Module, set[nn.Module]]:
     """Replace the sampled layers; also returns the modules that must stay as they are."""
     kept: set[nn.Module] = set()
@@ -141,7 +156,7 @@ def _freeze_sampled(
             unfrozen.append((name, reason))
             kept.update(module.modules())
             continue
-        model = _replace(model, {module: FrozenBlock(module, computed=form)})
+        model = _replace(model, {module: FrozenBlock(module, dtype=dtype, computed=form)})
     if refused:
         raise ConversionError(
             f"freeze: choose asks for {len(refused)} layers to run dense that the kernels do not "
@@ -162,10 +177,13 @@ def _freeze_sampled(
 
 
 def _take_faster(
-    model: nn.Module, sources: Mapping[str, SampledBlock | SampledConv2d], example: Any
+    model: nn.Module,
+    sources: Mapping[str, SampledBlock | SampledConv2d],
+    example: Any,
+    dtype: torch.dtype,
 ) -> nn.Module:
     """Replace the sampled layers that are faster dense."""
-    pack_dense = partial(FrozenBlock, computed="dense")
+    pack_dense = partial(FrozenBlock, dtype=dtype, computed="dense")
     faster, unreached = faster_dense(model, sources, example, pack_dense=pack_dense)
     for sampled, dense in faster.items():
         # One by one: a dense block's shortcut may hold the next layer to be replaced.
@@ -179,7 +197,9 @@ def _take_faster(
     return model
 
 
-def _freeze_dense(model: nn.Module, kept: set[nn.Module], example: Any) -> nn.Module:
+def _freeze_dense(
+    model: nn.Module, kept: set[nn.Module], example: Any, dtype: torch.dtype
+) -> nn.Module:
     """Pack the dense convolutions, each with the ReLU that alone reads it."""
     convs = {
         name: module
@@ -192,7 +212,11 @@ def _freeze_dense(model: nn.Module, kept: set[nn.Module], example: Any) -> nn.Mo
     # Only of those that will be replaced: an activation taken from another would be lost.
     clamped = fuse_relus(model, example, among=convs)
     return _replace(
-        model, {conv: FrozenConv2d(conv, relu=name in clamped) for name, conv in convs.items()}
+        model,
+        {
+            conv: FrozenConv2d(conv, relu=name in clamped, dtype=dtype)
+            for name, conv in convs.items()
+        },
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sparsight.nn.frozen_conv import check_features, padding_of, refusal_of_conv
+from sparsight.nn.frozen_conv import check_features, dtype_note, padding_of, refusal_of_conv
 from sparsight.nn.noise import NoiseKind, sampling_noise
 from sparsight.nn.sampled_block import SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
@@ -160,7 +160,7 @@ class FrozenBlock(nn.Module):
     """A sampled block or convolution for inference on the CPU: one operator call.
 
     Made by :func:`sparsight.freeze` from a :class:`SampledBlock` or a :class:`SampledConv2d`, with
-    the norms folded and the weights packed. float32, any batch and input size.
+    the norms folded and the weights packed. Any batch and input size.
 
     A layer that is computed dense is the same operator call without heads, masks and interpolation:
     the source with its masks all true. `record_sampling` shows full masks of probability one for
@@ -174,17 +174,29 @@ class FrozenBlock(nn.Module):
         downsample: the dense shortcut, or None.
         params: packed weights, heads and interpolation kernels, flat float32 buffer.
         spec: flat int64 buffer that describes them.
+        dtype: what is computed in, torch.float32 or torch.bfloat16 (with float32 sums).
+        output_dtype: what is returned: torch.float32, or `dtype`. May be set.
+        shortcut_dtype: what `downsample` is given: the input as it is (None), or converted first.
 
     Args:
         source: the layer to freeze; not changed.
+        dtype: see attributes.
         computed: "sampled" (default) or "dense".
     """
 
     params: Tensor
     spec: Tensor
 
-    def __init__(self, source: SampledBlock | SampledConv2d, *, computed: Form = "sampled") -> None:
+    def __init__(
+        self,
+        source: SampledBlock | SampledConv2d,
+        *,
+        dtype: torch.dtype = torch.float32,
+        computed: Form = "sampled",
+    ) -> None:
         super().__init__()
+        self.dtype, self.output_dtype = dtype, torch.float32
+        self.shortcut_dtype: torch.dtype | None = None
         self.computed: Form = computed
         self.measured: Measurement | None = None
         reason = refusal(source)
@@ -221,7 +233,7 @@ class FrozenBlock(nn.Module):
             mask_of_stage.append(masks.index((decision, stride)))
 
         inside = [
-            _head_is_inside(sampler, [c for c, _ in parts[: decisions.index(i) + 1]])
+            _head_is_inside(sampler, [c for c, _ in parts[: decisions.index(i) + 1]], dtype)
             for i, sampler in enumerate(samplers)
         ]
         mask_specs = []
@@ -265,7 +277,7 @@ class FrozenBlock(nn.Module):
         if computed == "dense":
             self._packed_masks = 0
             mask_specs, stages = [], [replace(stage, mask=-1) for stage in stages]
-        params, spec = block_ops.pack_block(mask_specs, stages, relu=self.is_block)
+        params, spec = block_ops.pack_block(mask_specs, stages, relu=self.is_block, dtype=dtype)
         self.register_buffer("params", params)
         self.register_buffer("spec", spec)
         self.samplers = nn.ModuleList(
@@ -287,20 +299,21 @@ class FrozenBlock(nn.Module):
         """Compute the layer.
 
         Args:
-            x: (B, C, H, W) float32; channels-last is read in place, other layouts are copied.
+            x: (B, C, H, W) float32, or bfloat16 where that is computed in; channels-last of the
+                same dtype is read in place, everything else is copied.
             decision: for a convolution only, a decision made elsewhere; needed where the source
                 has no sampler, refused where the layer is computed dense.
 
         Returns:
-            (B, O, Ho, Wo) channels-last.
+            (B, O, Ho, Wo) channels-last, `output_dtype`.
 
         Raises:
-            TypeError: `x` is not float32.
+            TypeError: `x` is of another dtype.
             ValueError: rank, channels, size or device are wrong, `x` holds NaN that reaches a
                 head, there is neither a decision nor a sampler, or a decision for a dense layer.
             RuntimeError: a gradient is asked for.
         """
-        check_features("FrozenBlock", x, self.shapes[0].in_channels)
+        check_features("FrozenBlock", x, self.shapes[0].in_channels, self.dtype)
         if self.computed == "dense" and decision is not None:
             raise ValueError(
                 "FrozenBlock: a decision is passed, but this layer was frozen to compute every "
@@ -335,7 +348,7 @@ class FrozenBlock(nn.Module):
                 if sampler.source is None:
                     drawn = sampler.noise(batch, *mask_sizes[m])
                 else:
-                    made = sampler.source(x)
+                    made = sampler.source(x.float())
             noise.append(drawn)
             elsewhere.append(made)
             given.append(None if made is None or is_copy else made.mask)
@@ -350,11 +363,15 @@ class FrozenBlock(nn.Module):
                     f"FrozenBlock: the decision's mask has shape {tuple(mask.shape)}, but "
                     f"{(batch, 1, *size)} is needed; build the mask at output resolution."
                 )
-        shortcut = None
-        if self.is_block:
-            shortcut = x if self.downsample is None else self.downsample(x)
+        features, shortcut = x.to(self.dtype), None
+        if self.is_block and self.downsample is None:
+            shortcut = features
+        elif self.is_block:
+            assert self.downsample is not None
+            shortcut = self.downsample(x if self.shortcut_dtype is None else features)
+            shortcut = shortcut.to(self.dtype)
         out, masks, logits = block_ops.sampled_block(
-            x,
+            features,
             shortcut,
             noise,
             given,
@@ -362,6 +379,7 @@ class FrozenBlock(nn.Module):
             self.spec,
             output_shape=(batch, self.shapes[-1].out_channels, *sizes[-1]),
             mask_positions=sum(h * w for h, w in mask_sizes),
+            output_dtype=self.output_dtype,
         )
         if self.computed == "dense":
             self._show_everywhere(batch, sizes)
@@ -445,7 +463,8 @@ class FrozenBlock(nn.Module):
         form = "" if self.computed == "sampled" else f"computed={self.computed}"
         if self.measured is not None:
             form = f"computed={self.computed} ({self.measured})"
-        return ", ".join(filter(None, [self.settings, f"params={self.params.numel()}", form]))
+        settings = ", ".join(filter(None, [self.settings, f"params={self.params.numel()}", form]))
+        return settings + dtype_note(self.dtype, self.output_dtype)
 
 
 def refusal(source: SampledBlock | SampledConv2d) -> str | None:
@@ -509,11 +528,14 @@ def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Ten
         return folded.to(weight.dtype), shift.to(weight.dtype)
 
 
-def _head_is_inside(sampler: nn.Module, convs: Sequence[nn.Conv2d]) -> bool:
+def _head_is_inside(sampler: nn.Module, convs: Sequence[nn.Conv2d], dtype: torch.dtype) -> bool:
     """Whether the kernel can evaluate the head: the published one, on the block's own input."""
     if type(sampler) is not Sampler or sampler.border is not None:
         return False
     head = sampler.head
+    # The heads' kernel has no last channel without a partner.
+    if dtype == torch.bfloat16 and head.in_channels % 2:
+        return False
     if tuple(head.padding) != (1, 1) or type(head) is not nn.Conv2d:
         return False
     if tuple(head.stride) != _product([conv.stride for conv in convs]):

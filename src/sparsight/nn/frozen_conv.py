@@ -7,29 +7,34 @@ from torch import Tensor, nn
 from sparsight.ops import block as block_ops
 from sparsight.ops import cpu
 
-__all__ = ["FrozenConv2d", "check_features", "padding_of", "refusal_of_conv"]
+__all__ = ["FrozenConv2d", "check_features", "dtype_note", "padding_of", "refusal_of_conv"]
 
 
 class FrozenConv2d(nn.Module):
     """A dense convolution for inference on the CPU, with the kernel of the sampled ones.
 
     torch's own convolution repacks its weight at every call, and reads and writes the map once more
-    for the activation after it. Made by :func:`sparsight.freeze`. float32.
+    for the activation after it. Made by :func:`sparsight.freeze`.
 
     Attributes:
         source_conv: the convolution's shape, on no device: what `measure` counts.
         params: packed weight and bias, flat float32 buffer.
         spec: flat int64 buffer that describes them.
+        dtype: what is computed in, torch.float32 or torch.bfloat16 (with float32 sums).
+        output_dtype: what is returned: torch.float32, or `dtype`. May be set.
 
     Args:
         conv: a plain convolution, norm folded in already; not changed.
         relu: whether a ReLU follows.
+        dtype: see attributes.
     """
 
     params: Tensor
     spec: Tensor
 
-    def __init__(self, conv: nn.Conv2d, *, relu: bool = False) -> None:
+    def __init__(
+        self, conv: nn.Conv2d, *, relu: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         reason = refusal_of_conv(conv)
         if reason is not None:
@@ -48,10 +53,11 @@ class FrozenConv2d(nn.Module):
             dilation=(conv.dilation[0], conv.dilation[1]),
             groups=conv.groups,
         )
-        params, spec = block_ops.pack_block([], [stage], relu=relu)
+        params, spec = block_ops.pack_block([], [stage], relu=relu, dtype=dtype)
         self.register_buffer("params", params)
         self.register_buffer("spec", spec)
         self.relu = relu
+        self.dtype, self.output_dtype = dtype, torch.float32
         self.shape = block_ops.StageShape.of(stage)
         self.source_conv = self.shape
         self.settings = conv.extra_repr()
@@ -61,17 +67,18 @@ class FrozenConv2d(nn.Module):
         """Convolve.
 
         Args:
-            x: (B, C, H, W) float32; channels-last is read in place, other layouts are copied.
+            x: (B, C, H, W) float32, or bfloat16 where that is computed in; channels-last of the
+                same dtype is read in place, everything else is copied.
 
         Returns:
-            (B, O, Ho, Wo) channels-last.
+            (B, O, Ho, Wo) channels-last, `output_dtype`.
 
         Raises:
-            TypeError: `x` is not float32.
+            TypeError: `x` is of another dtype.
             ValueError: rank, channels, size or device are wrong.
             RuntimeError: a gradient is asked for.
         """
-        check_features("FrozenConv2d", x, self.shape.in_channels)
+        check_features("FrozenConv2d", x, self.shape.in_channels, self.dtype)
         (size,) = block_ops.block_sizes([self.shape], (x.shape[2], x.shape[3]))
         if min(size) < 1:
             raise ValueError(
@@ -79,7 +86,7 @@ class FrozenConv2d(nn.Module):
                 f"{self.shape.kernel_size} with its padding; use a larger input."
             )
         out, _, _ = block_ops.sampled_block(
-            x,
+            x.to(self.dtype),
             None,
             [],
             [],
@@ -87,24 +94,34 @@ class FrozenConv2d(nn.Module):
             self.spec,
             output_shape=(x.shape[0], self.shape.out_channels, *size),
             mask_positions=0,
+            output_dtype=self.output_dtype,
         )
         return out
 
     def extra_repr(self) -> str:
         """What was packed, for repr."""
-        return self.settings + (", relu=True" if self.relu else "")
+        settings = self.settings + (", relu=True" if self.relu else "")
+        return settings + dtype_note(self.dtype, self.output_dtype)
 
 
-def check_features(layer: str, x: Tensor, in_channels: int) -> None:
+def dtype_note(dtype: torch.dtype, output_dtype: torch.dtype) -> str:
+    """What repr says of a layer that is not float32 throughout."""
+    if dtype == torch.float32:
+        return ""
+    return f", dtype={dtype}, output_dtype={output_dtype}"
+
+
+def check_features(layer: str, x: Tensor, in_channels: int, dtype: torch.dtype) -> None:
     """Raise unless a frozen layer can take `x`.
 
     Args:
         layer: class name, for the message.
         x: the features.
         in_channels: channels that the layer was built for.
+        dtype: that the layer computes in; float32 is taken everywhere.
 
     Raises:
-        TypeError: `x` is not float32.
+        TypeError: `x` is neither float32 nor `dtype`.
         ValueError: rank, channels or device are wrong.
         RuntimeError: a gradient is asked for.
     """
@@ -113,9 +130,9 @@ def check_features(layer: str, x: Tensor, in_channels: int) -> None:
             f"{layer}: features have shape {tuple(x.shape)}, but (B, {in_channels}, height, width) "
             "is needed; give it what the source layer takes."
         )
-    if x.dtype != torch.float32:
+    if x.dtype not in (torch.float32, dtype):
         raise TypeError(
-            f"{layer}: features have dtype {x.dtype}, but the layer was frozen for torch.float32; "
+            f"{layer}: features have dtype {x.dtype}, but the layer was frozen for {dtype}; "
             "convert the input with x.float()."
         )
     if x.device.type != "cpu":

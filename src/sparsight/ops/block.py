@@ -66,13 +66,23 @@ class StageSpec:
     groups: int = 1
 
 
-def pack(weight: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
-    """The blocked layouts of a weight (O, C/groups, kh, kw) and a bias (O,), flat; see pack.h."""
+def _unit(dtype: torch.dtype) -> int:
+    """Channels that one float of the packed weights holds."""
+    return 2 if dtype == torch.bfloat16 else 1
+
+
+def pack(
+    weight: Tensor, bias: Tensor | None, groups: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """The blocked layouts of a weight (O, C/groups, kh, kw) and a bias (O,), flat; see pack.h.
+
+    Both are float32 tensors; with `dtype` bfloat16 a float of the weight holds two rounded values.
+    """
     ones = (1, 1)
     numbers = cpu.geometry(
         tuple(weight.shape), ones, ones, stride=ones, padding=ones, dilation=ones, groups=groups
     )
-    weight_size, bias_size = _kernels.packed_sizes(numbers)
+    weight_size, bias_size = _kernels.packed_sizes(numbers, _unit(dtype))
     packed_weight, packed_bias = torch.empty(weight_size), torch.empty(bias_size)
     weight = weight.detach().float().contiguous()
     bias = None if bias is None else bias.detach().float().contiguous()
@@ -82,14 +92,15 @@ def pack(weight: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tens
         0 if bias is None else bias.data_ptr(),
         packed_weight.data_ptr(),
         packed_bias.data_ptr(),
+        _unit(dtype),
     )
     return packed_weight, packed_bias
 
 
-def _fill_tables(log_kernel: Tensor) -> tuple[int, list[int], Tensor]:
+def _fill_tables(log_kernel: Tensor, dtype: torch.dtype) -> tuple[int, list[int], Tensor]:
     """Number of levels, sets of taps and ratios of an interpolation kernel; see csrc/kernels.h."""
     logs = log_kernel.detach().float().contiguous()
-    levels, words, numbers = _kernels.fill_tables(logs.data_ptr(), logs.shape[0])
+    levels, words, numbers = _kernels.fill_tables(logs.data_ptr(), logs.shape[0], _unit(dtype))
     return levels, words, torch.tensor(numbers)
 
 
@@ -100,7 +111,11 @@ def merges_rows(stage: StageSpec) -> bool:
 
 
 def pack_block(
-    masks: Sequence[MaskSpec], stages: Sequence[StageSpec], *, relu: bool
+    masks: Sequence[MaskSpec],
+    stages: Sequence[StageSpec],
+    *,
+    relu: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Write a block down for `sampled_block`.
 
@@ -109,9 +124,12 @@ def pack_block(
         stages: the convolutions, first to last; a mask has the output size of the first stage that
             it gates.
         relu: whether ReLU follows the residual addition.
+        dtype: of the maps between the convolutions and of the weights and heads: torch.float32, or
+            torch.bfloat16 (sums are float32). With bfloat16, heads need an even number of channels.
 
     Returns:
-        params, a flat float32 tensor, and spec, a flat int64 tensor.
+        params, a flat float32 tensor (bit patterns where two bfloat16 share a float), and spec, a
+        flat int64 tensor.
     """
     parts: list[Tensor] = []
     offset = 0
@@ -133,12 +151,13 @@ def pack_block(
     if heads:
         # One row a tap: a head's nine, then the next head's.
         columns = torch.cat([head[0].detach().float().flatten(1).T for head in heads]).contiguous()
-        packed = torch.empty(_kernels.packed_heads_size(*columns.shape))
-        _kernels.pack_heads(*columns.shape, columns.data_ptr(), packed.data_ptr())
+        unit = _unit(dtype)
+        packed = torch.empty(_kernels.packed_heads_size(*columns.shape, unit))
+        _kernels.pack_heads(*columns.shape, columns.data_ptr(), packed.data_ptr(), unit)
         head_at = store(packed)
     spec = [_kernels.SPEC_VERSION, in_channels, len(masks), len(stages), int(relu)]
     merge = not masks and len(stages) == 1 and merges_rows(first)
-    spec += [head_at, int(merge), 9 * len(heads)]
+    spec += [head_at, int(merge), 9 * len(heads), _unit(dtype)]
     column = 0
     sets: list[int] = []
     sets_at = len(spec) + len(masks) * _kernels.MASK_FIELDS + len(stages) * _kernels.STAGE_FIELDS
@@ -147,7 +166,7 @@ def pack_block(
         window = 1 if m.log_kernel is None else m.log_kernel.shape[0]
         levels, words_at, ratios_at = 0, -1, -1
         if m.log_kernel is not None:
-            levels, words, numbers = _fill_tables(m.log_kernel)
+            levels, words, numbers = _fill_tables(m.log_kernel, dtype)
             words_at, ratios_at = sets_at + len(sets), store(numbers)
             sets += words
         eps_at = -1 if m.eps is None else store(torch.tensor([m.eps]))
@@ -159,7 +178,7 @@ def pack_block(
         weight = stage.weight
         if merge:
             weight = weight.permute(0, 3, 1, 2).flatten(1, 2).unsqueeze(3)
-        weight, bias = pack(weight, stage.bias, stage.groups)
+        weight, bias = pack(weight, stage.bias, stage.groups, dtype)
         weight_at, bias_at = store(weight), store(bias)
         spec += [in_per_group * stage.groups, out_channels, stage.groups, *kernel, *stage.stride]
         spec += [
@@ -220,7 +239,8 @@ def block_sizes(stages: Sequence[StageShape], input_size: tuple[int, int]) -> li
 
 LIBRARY.define(
     "sampled_block(Tensor x, Tensor? shortcut, Tensor?[] noise, Tensor?[] given, Tensor params, "
-    "Tensor spec, SymInt[] output_shape, SymInt mask_positions) -> (Tensor, Tensor, Tensor)"
+    "Tensor spec, SymInt[] output_shape, SymInt mask_positions, ScalarType output_dtype) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -234,8 +254,11 @@ def _block_cpu(
     spec: Tensor,
     output_shape: list[int],
     mask_positions: int,
+    output_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return cpu.sampled_block(x, shortcut, noise, given, params, spec, output_shape, mask_positions)
+    return cpu.sampled_block(
+        x, shortcut, noise, given, params, spec, output_shape, mask_positions, output_dtype
+    )
 
 
 @torch.library.register_fake("sparsight::sampled_block", lib=LIBRARY)
@@ -248,10 +271,13 @@ def _block_fake(
     spec: Tensor,
     output_shape: list[int],
     mask_positions: int,
+    output_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = x.new_empty(output_shape).contiguous(memory_format=torch.channels_last)
+    out = x.new_empty(output_shape, dtype=output_dtype)
+    out = out.contiguous(memory_format=torch.channels_last)
     masks = x.new_empty((x.shape[0], mask_positions), dtype=torch.bool)
-    return out, masks, x.new_empty((x.shape[0], mask_positions))
+    logits = x.new_empty((x.shape[0], mask_positions), dtype=torch.float32)
+    return out, masks, logits
 
 
 def sampled_block(
@@ -264,12 +290,13 @@ def sampled_block(
     *,
     output_shape: Sequence[int],
     mask_positions: int,
+    output_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a packed block. Inference only.
 
     Args:
-        x: (B, C, H, W) float32 on the CPU.
-        shortcut: (B, O, Ho, Wo) added to the filled branch, or None.
+        x: (B, C, H, W) of the dtype that the block was packed for, on the CPU.
+        shortcut: (B, O, Ho, Wo) of the same dtype, added to the filled branch, or None.
         noise: per mask, (B, 1, height, width) float32 added to its logits; None where the mask is
             given or derived.
         given: per mask, (B, 1, height, width) bool that replaces the head's decision, or None.
@@ -277,14 +304,23 @@ def sampled_block(
         spec: from `pack_block`.
         output_shape: (B, O, Ho, Wo).
         mask_positions: total size of the masks of one image.
+        output_dtype: torch.float32, or that of `x`.
 
     Returns:
         The output (B, O, Ho, Wo) channels-last; all masks, (B, mask_positions) bool, one after
-        another; their logits, (B, mask_positions), undefined for masks without a head.
+        another; their logits, (B, mask_positions) float32, undefined for masks without a head.
 
     Raises:
         ValueError: the logits of an image hold NaN.
     """
     return torch.ops.sparsight.sampled_block(
-        x, shortcut, list(noise), list(given), params, spec, list(output_shape), mask_positions
+        x,
+        shortcut,
+        list(noise),
+        list(given),
+        params,
+        spec,
+        list(output_shape),
+        mask_positions,
+        output_dtype,
     )

@@ -20,6 +20,11 @@ def available_isas() -> list[str]:
     return _kernels.available_isas()
 
 
+def has_bfloat16() -> bool:
+    """Whether this CPU and this build have the kernels for bfloat16 maps (AVX-512 BF16)."""
+    return _kernels.has_bfloat16()
+
+
 def threading_runtime() -> str:
     """File name of the OpenMP runtime that the kernels share with torch, or "std::thread"."""
     return _kernels.threading_runtime()
@@ -41,12 +46,12 @@ def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _new_map(shape: Sequence[int]) -> Tensor:
-    """Uninitialised (B, C, H, W) channels-last float32; large ones from buffers used before."""
+def _new_map(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised (B, C, H, W) channels-last; large ones from buffers used before."""
     batch, channels, height, width = shape
-    if batch * channels * height * width * 4 < _kernels.POOLED_BYTES:
-        return torch.empty(tuple(shape), memory_format=torch.channels_last)
-    return _kernels.new_map(batch, channels, height, width)
+    if batch * channels * height * width * dtype.itemsize < _kernels.POOLED_BYTES:
+        return torch.empty(tuple(shape), dtype=dtype, memory_format=torch.channels_last)
+    return _kernels.new_map(batch, channels, height, width, dtype == torch.bfloat16)
 
 
 def drop_buffers() -> int:
@@ -298,23 +303,28 @@ def sampled_block(
     spec: Tensor,
     output_shape: list[int],
     mask_positions: int,
+    output_dtype: torch.dtype = torch.float32,
     *,
     isa: str = "auto",
     num_threads: int | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel form of `ops.block.sampled_block`; float32."""
-    x = _rows(x)
+    """Kernel form of `ops.block.sampled_block`; there is one instruction set for bfloat16."""
+    # An image arrives in planes: a kernel that copies it anyway (csrc merge_rows) reads them.
+    planar = not x.is_contiguous(memory_format=torch.channels_last) and x.is_contiguous()
+    planar = planar and bool(spec[_kernels.ROW_MERGE_FIELD])
+    x = x if planar else _rows(x)
     shortcut = None if shortcut is None else _rows(shortcut)
     batch, _, height, width = x.shape
     if out is None:
-        out = _new_map(output_shape)
+        out = _new_map(output_shape, output_dtype)
     masks = torch.empty((batch, mask_positions), dtype=torch.bool)
     logits = torch.empty((batch, mask_positions))
     noise = [None if n is None else n.contiguous() for n in noise]
     given = [None if g is None else g.contiguous() for g in given]
     bad_image = _kernels.sampled_block(
         x.data_ptr(),
+        planar,
         _pointer(shortcut),
         [_pointer(n) for n in noise],
         [_pointer(g) for g in given],
@@ -326,6 +336,7 @@ def sampled_block(
         out.data_ptr(),
         masks.data_ptr(),
         logits.data_ptr(),
+        out.dtype == torch.float32,
         isa,
         _threads(num_threads),
     )

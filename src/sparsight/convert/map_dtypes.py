@@ -1,0 +1,115 @@
+"""Where a frozen network's maps may be bfloat16: between layers that take them as they are."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsight.nn.frozen_block import FrozenBlock
+from sparsight.nn.frozen_conv import FrozenConv2d
+
+__all__ = ["keep_maps_narrow"]
+
+_TAG = "_sparsight_producers"
+_aten = torch.ops.aten
+# What may stand between two frozen layers: its result is of its inputs' dtype, and has no more
+# rounding than the maps themselves.
+_PASSES = {
+    _aten.add,
+    _aten.add_,
+    _aten.alias,
+    _aten.avg_pool2d,
+    _aten.cat,
+    _aten.clone,
+    _aten.detach,
+    _aten.max_pool2d,
+    _aten.max_pool2d_with_indices,
+    _aten.relu,
+    _aten.relu_,
+}
+_PLAIN = (FrozenConv2d, nn.Sequential, nn.Identity, nn.AvgPool2d)
+
+
+def _producers(values: Any) -> set[nn.Module]:
+    found: set[nn.Module] = set()
+    for leaf in pytree.tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            found |= getattr(leaf, _TAG, set())
+    return found
+
+
+class _Readers(TorchDispatchMode):
+    """Collects the layers whose output something reads that needs float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide: set[nn.Module] = set()
+        self.read: set[nn.Module] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made_by = _producers((args, kwargs))
+        if made_by:
+            self.read |= made_by
+            packet = func.overloadpacket
+            if packet in _PASSES:
+                for leaf in pytree.tree_leaves(result):
+                    if isinstance(leaf, Tensor):
+                        setattr(leaf, _TAG, getattr(leaf, _TAG, set()) | made_by)
+            elif not _is_a_frozen_layer_reading(packet, (args, kwargs)):
+                self.wide |= made_by
+        return result
+
+
+def _is_a_frozen_layer_reading(packet: Any, arguments: Any) -> bool:
+    if packet is torch.ops.sparsight.sampled_block:
+        return True
+    # While one looks, maps are float32 and every layer narrows what it is given: `to` in inference
+    # mode, its part `_to_copy` elsewhere.
+    narrows = torch.bfloat16 in pytree.tree_leaves(arguments)
+    return packet in (_aten.to, _aten._to_copy) and narrows
+
+
+def keep_maps_narrow(model: nn.Module, example: Any) -> list[str]:
+    """Let the bfloat16 layers of a frozen model hand bfloat16 to each other.
+
+    The model is run once on `example` to see what reads each layer's output: one that is read by
+    frozen layers only, directly or through pooling, sums, ReLU or concatenation, returns bfloat16
+    from then on. Everything else, and what the model returns, stays float32.
+
+    Args:
+        model: frozen, with ``dtype=torch.bfloat16`` layers that return float32; changed.
+        example: what the model takes as its one argument.
+
+    Returns:
+        Names of the layers that return bfloat16.
+    """
+    layers = {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenBlock | FrozenConv2d) and module.dtype == torch.bfloat16
+    }
+
+    def tag(module: nn.Module, args: Any, output: Tensor) -> None:
+        setattr(output, _TAG, {module})
+
+    handles = [layer.register_forward_hook(tag) for layer in layers]
+    readers = _Readers()
+    try:
+        with torch.no_grad(), readers:
+            returned = _producers(model(example))
+    finally:
+        for handle in handles:
+            handle.remove()
+    narrowed = []
+    for layer, name in layers.items():
+        if layer in readers.read and layer not in readers.wide | returned:
+            layer.output_dtype = torch.bfloat16
+            narrowed.append(name)
+    for layer in layers:
+        if isinstance(layer, FrozenBlock) and layer.downsample is not None:
+            plain = all(isinstance(part, _PLAIN) for part in layer.downsample.modules())
+            layer.shortcut_dtype = torch.bfloat16 if plain else None
+    return narrowed
