@@ -29,6 +29,7 @@ enum Slot {
   kStageB,
   kMerged,
   kOffsets,
+  kEveryPosition,
   kMixed
 };
 
@@ -383,6 +384,13 @@ struct Runner {
     return rows;
   }
 
+  // The list of sites of a stage without a mask.
+  const int32_t* every_position(int64_t count) {
+    auto* sites = scratch.get<int32_t>(kEveryPosition, count);
+    for (int64_t i = 0; i < count; ++i) sites[i] = static_cast<int32_t>(i);
+    return sites;
+  }
+
   // One convolution at the sites of its mask, deformable or not. What a deformable one reads of its
   // input is known only here, so that the input is complete.
   void run_stage(const int64_t* stage, const ConvCall& call, const Mask& mask,
@@ -399,7 +407,7 @@ struct Runner {
     gather.input = call.input;
     gather.input_stride = call.input_stride;
     gather.zero_row = call.zero_row;
-    gather.sites = mask.sites;
+    gather.sites = mask.sites ? mask.sites : every_position(mask.count);
     gather.offset = run_offsets(stage, call, mask, block_input);
     gather.offset_stride = (stage[kModulated] ? 3 : 2) * gather.offset_groups * taps;
     if (stage[kModulated]) gather.modulation = gather.offset + 2 * gather.offset_groups * taps;

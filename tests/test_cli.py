@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,12 @@ def test_evaluating_counts_the_same_and_measures(trained, data, tmp_path, capsys
 def test_a_profile_names_the_layers(trained, capsys):
     assert main(["profile", str(trained / "weights.safetensors")]) == 0
     assert "layer1.0" in capsys.readouterr().out
+
+
+def test_a_profile_with_measured_layers_says_what_both_forms_took(trained, capsys):
+    assert main(["profile", str(trained / "weights.safetensors"), "--choose", "measured"]) == 0
+    line = r"layer1\.0: computed=(dense|sampled) \(dense: .* ms, sampled: .* ms at density [01]\."
+    assert re.search(line, capsys.readouterr().out)
 
 
 def test_masks_are_drawn(trained, data, tmp_path):

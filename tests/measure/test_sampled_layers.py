@@ -238,6 +238,26 @@ def test_frozen_counts_what_converted_counts(layout):
     assert (packed.total, packed.dense) == (converted.total, converted.dense)
 
 
+@pytest.mark.parametrize("layout", ["a", "b", "c"])
+def test_a_layer_that_runs_dense_counts_its_source(layout):
+    """The dense network's multiply-adds, without heads and interpolation; other layers as ever."""
+    source = nn.Sequential(make_block("basic", 2, 1), nn.Conv2d(4, 8, 3, padding=1))
+    source.append(make_block("bottleneck", 1, 2, groups=2))
+    x = torch.randn(2, 3, 13, 16)
+    expected = count_macs(source.eval(), x)
+    sampler = functools.partial(Sampler, bias=-0.5, grid_stride=4)
+    model = sparsight.sparsify(source, layout=layout, sampler=sampler).eval()
+    dense = count_macs(freeze(model, example=x, choose=lambda name, layer: "dense"), x)
+    assert (dense.total, dense.dense, dense.ratio) == (expected.total, expected.total, 1.0)
+    rows = {(row.name, row.total) for row in expected.layers}
+    assert {(row.name, row.total) for row in dense.layers} == rows
+    assert all(row.density == 1.0 for row in dense.layers)
+    mixed = count_macs(freeze(model, example=x, choose={"2": "dense"}), x)
+    first = {row for row in count_macs(model, x).layers if row.name.startswith("0.")}
+    assert {row for row in mixed.layers if row.name.startswith("0.")} == first
+    assert {row for row in dense.layers if row.name.startswith("2.")} < set(mixed.layers)
+
+
 def test_frozen_convolution_counts_what_its_source_counts():
     model = nn.Sequential(nn.Conv2d(4, 5, 3, padding=1), nn.ReLU())
     sampler = functools.partial(Sampler, bias=-0.5)

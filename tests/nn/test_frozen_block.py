@@ -21,7 +21,13 @@ from sparsight.nn import (
     ZeroFill,
     record_sampling,
 )
-from sparsight.nn.frozen_block import FrozenBlock, FrozenSampler, fold_norm, refusal
+from sparsight.nn.frozen_block import (
+    FrozenBlock,
+    FrozenSampler,
+    Measurement,
+    fold_norm,
+    refusal,
+)
 from sparsight.nn.noise import sampling_noise
 
 
@@ -370,6 +376,91 @@ def test_a_sampler_of_another_class_runs_outside_the_kernel():
         assert_close(frozen(x), source(x))
 
 
+def with_full_masks(source):
+    source = copy.deepcopy(source)
+    for sampler in source.modules():
+        if isinstance(sampler, Sampler):
+            nn.init.constant_(sampler.head.bias, 1e4)
+    return source
+
+
+@pytest.mark.parametrize("layout", ["a", "b", "c"])
+@pytest.mark.parametrize("cls", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_dense_block_equals_its_source_with_full_masks(cls, layout, stride):
+    source = make_block(cls, layout, stride=stride)
+    source.downsample[0].stride = (stride, stride)
+    full = with_full_masks(source)
+    frozen = FrozenBlock(source, computed="dense")
+    x = torch.randn(3, 12, 13, 10)
+    with torch.no_grad():
+        assert_close(frozen(x), full(x))
+        assert torch.equal(frozen(x), FrozenBlock(full)(x))
+        assert not torch.allclose(frozen(x), source(x), atol=1e-2)
+
+
+@pytest.mark.parametrize("layout", ["a", "b", "c"])
+def test_a_dense_block_shows_that_it_computes_everything(layout):
+    source = make_block(layout=layout, stride=2)
+    source.downsample[0].stride = (2, 2)
+    frozen = FrozenBlock(source, computed="dense")
+    x = torch.randn(2, 12, 13, 10)
+    with torch.no_grad(), record_sampling(source) as a, record_sampling(frozen) as b:
+        source(x), frozen(x)
+    assert [(d.name, d.macs) for d in a.decisions] == [(d.name, d.macs) for d in b.decisions]
+    for before, after in zip(a.decisions, b.decisions, strict=True):
+        assert not before.mask.all() and after.mask.shape == before.mask.shape
+        assert after.mask.dtype == torch.bool and after.mask.all()
+        assert torch.equal(after.probability, torch.ones(before.probability.shape))
+        assert after.relaxed is None
+
+
+def test_a_dense_layer_has_no_head_that_could_refuse_features():
+    frozen = FrozenBlock(make_block(), computed="dense")
+    x = torch.randn(2, 12, 9, 9)
+    x[1, 3, 2, 2] = torch.nan
+    with torch.no_grad():
+        assert torch.equal(frozen(x).isnan().flatten(1).any(1), torch.tensor([False, True]))
+
+
+def test_a_dense_layer_takes_no_decision():
+    frozen = FrozenBlock(make_conv(), computed="dense")
+    x = torch.randn(1, 12, 5, 5)
+    with pytest.raises(ValueError, match=r"decision is passed.*choose=\{its name: 'sampled'\}"):
+        frozen(x, random_decision(1, 5, 5))
+    with pytest.raises(ValueError, match=r"decision is passed"):
+        frozen(x, decision=random_decision(1, 5, 5))
+
+
+@pytest.mark.parametrize("computed", ["dense", "sampled"])
+def test_an_input_smaller_than_the_kernel_is_named(computed):
+    frozen = FrozenBlock(make_conv(kernel_size=(3, 5), padding=(1, 0)), computed=computed)
+    if computed == "sampled":
+        frozen = FrozenBlock(make_conv(sampler=None, kernel_size=(3, 5), padding=(1, 0)))
+    with pytest.raises(ValueError, match=r"a 9x4 input is smaller than the kernel \(3, 5\)"):
+        frozen(torch.randn(1, 12, 9, 4))
+
+
+@pytest.mark.parametrize("make", [make_block, make_conv])
+def test_a_dense_layer_compiles_exports_copies_and_loads(make):
+    frozen = FrozenBlock(make(), computed="dense")
+    x = torch.randn(2, 12, 9, 11)
+    with torch.no_grad():
+        expected = frozen(x)
+        compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), expected)
+        assert torch.equal(torch.export.export(frozen, (x,)).module()(x), expected)
+        assert torch.equal(copy.deepcopy(frozen)(x), expected)
+        other = make()
+        for parameter in other.parameters():
+            nn.init.normal_(parameter)
+        other = FrozenBlock(other, computed="dense")
+        other.load_state_dict(frozen.state_dict())
+        assert torch.equal(other(x), expected)
+    with pytest.raises(RuntimeError, match="size mismatch for params"):
+        FrozenBlock(make()).load_state_dict(frozen.state_dict())
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"stride": 2}, {"kernel_size": (1, 3), "padding": (0, 1), "bias": False}],
@@ -453,6 +544,17 @@ def test_repr_says_what_was_packed():
         f"12, 10, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), params={conv.params.numel()}"
         in repr(conv)
     )
+    assert "computed=" not in repr(block)
+
+
+def test_repr_says_what_is_dense_and_what_was_measured():
+    dense, block = FrozenBlock(make_block(), computed="dense"), FrozenBlock(make_block())
+    assert f"params={dense.params.numel()}, computed=dense\n" in repr(dense)
+    assert "noise=" not in repr(dense) and "ComputedEverywhere()" in repr(dense)
+    dense.measured = block.measured = Measurement(dense_ms=3.1, sampled_ms=4.0, density=0.968)
+    shown = "(dense: 3.1 ms, sampled: 4 ms at density 0.97)"
+    assert f"computed=dense {shown}\n" in repr(dense)
+    assert f"computed=sampled {shown}\n" in repr(block)
 
 
 def test_only_eval_mode_without_gradients_exists():

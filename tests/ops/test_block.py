@@ -275,6 +275,25 @@ def test_equals_the_masked_dense_block_with_every_kind_of_fill(
         assert_within_bound("sampled_block", out, truth, twin, truth.abs().max(), density)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_stages_without_masks_are_computed_everywhere(kind, isa, draw, layouts, is_intact):
+    """Shortcut and last activation included: bit for bit the block with its masks all true."""
+    packed = make(kind, "b")
+    x = features(packed, draw(0))
+    given = given_masks(packed, x, draw(0), 1.0)
+    arguments = packed.arguments(x, given)
+    expected, _, _ = cpu.sampled_block(*arguments, isa=isa, num_threads=1)
+    x_, shortcut, _, _, _, _, shape, _, _ = arguments
+    params, spec = pack_block([], [replace(s, mask=-1) for s in packed.stages], relu=True)
+    out = layouts["guarded"](torch.full_like(expected, torch.nan))
+    _, masks, logits = cpu.sampled_block(
+        x_, shortcut, [], [], params, spec, shape, 0, isa=isa, num_threads=1, out=out
+    )
+    assert is_intact(out)
+    assert torch.equal(out, expected)
+    assert masks.numel() == logits.numel() == 0
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (3, 40)])
 def test_sizes_down_to_one_pixel(size, isa, draw, assert_within_bound):
     packed = make("grouped in panels", "a")

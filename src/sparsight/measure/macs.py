@@ -64,8 +64,8 @@ def count_macs(model: nn.Module, x: Any) -> MacCount:
 
     Works on ordinary, converted and frozen models, and gives a converted model and its frozen form
     the same rows. For a sampled layer it counts what the masks of this input ask for, whichever
-    kernel answered: a converted model in eager mode, or a layer frozen as dense because dense is
-    faster there, computes more than is counted.
+    kernel answered: a converted model in eager mode computes more than is counted. A layer that
+    `freeze(choose=...)` made dense counts every position, and neither heads nor interpolation.
 
     Counted, padding included: convolutions (transposed, grouped, depthwise, torchvision's
     deformable ones), linear layers, matrix products, attention (the upper bound: no mask), also

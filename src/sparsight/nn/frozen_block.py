@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,9 +18,58 @@ from sparsight.nn.sampler import Sampler, SamplingDecision
 from sparsight.ops import block as block_ops
 from sparsight.ops import cpu
 
-__all__ = ["FrozenBlock", "FrozenSampler", "fold_norm", "refusal"]
+__all__ = [
+    "ComputedEverywhere",
+    "Form",
+    "FrozenBlock",
+    "FrozenSampler",
+    "Measurement",
+    "fold_norm",
+    "refusal",
+]
 
 _CACHED_SIZES = 8
+
+Form = Literal["dense", "sampled"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a layer took in both forms when it was frozen.
+
+    Attributes:
+        dense_ms: milliseconds of all its calls for the example, every position computed.
+        sampled_ms: the same, at its sampled positions only.
+        density: share of its gated multiply-adds that its masks asked for then.
+    """
+
+    dense_ms: float
+    sampled_ms: float
+    density: float
+
+    def __str__(self) -> str:
+        return (
+            f"dense: {self.dense_ms:.4g} ms, sampled: {self.sampled_ms:.4g} ms "
+            f"at density {self.density:.2f}"
+        )
+
+
+class ComputedEverywhere(nn.Module):
+    """In the place of a sampler in a layer that is computed dense: nothing is decided any more."""
+
+    def forward(
+        self, mask: Bool[Tensor, "B 1 Ho Wo"], probability: Float[Tensor, "B 1 Ho Wo"]
+    ) -> SamplingDecision:
+        """What is computed, for hooks to see: all of it.
+
+        Args:
+            mask: (B, 1, Ho, Wo) bool, all true.
+            probability: (B, 1, Ho, Wo) float32, all one.
+
+        Returns:
+            Both, as a SamplingDecision.
+        """
+        return SamplingDecision(mask, probability, None)
 
 
 class FrozenSampler(nn.Module):
@@ -113,7 +163,13 @@ class FrozenBlock(nn.Module):
     Made by :func:`sparsight.freeze` from a :class:`SampledBlock` or a :class:`SampledConv2d`, with
     the norms folded and the weights packed. Any batch and input size.
 
+    A layer that is computed dense is the same operator call without heads, masks and interpolation:
+    the source with its masks all true. `record_sampling` shows full masks of probability one for
+    it, which is what it computes, and `count_macs` counts every position.
+
     Attributes:
+        computed: "sampled", or "dense" where every position is computed.
+        measured: what both forms took, where freezing measured it; else None.
         samplers: what `record_sampling` watches, in the order of the source's.
         interpolations: the source's, for repr and `measure`; the kernels read `params`.
         downsample: the dense shortcut, or None.
@@ -126,17 +182,24 @@ class FrozenBlock(nn.Module):
     Args:
         source: the layer to freeze; not changed.
         dtype: see attributes.
+        computed: "sampled" (default) or "dense".
     """
 
     params: Tensor
     spec: Tensor
 
     def __init__(
-        self, source: SampledBlock | SampledConv2d, *, dtype: torch.dtype = torch.float32
+        self,
+        source: SampledBlock | SampledConv2d,
+        *,
+        dtype: torch.dtype = torch.float32,
+        computed: Form = "sampled",
     ) -> None:
         super().__init__()
         self.dtype, self.output_dtype = dtype, torch.float32
         self.shortcut_dtype: torch.dtype | None = None
+        self.computed: Form = computed
+        self.measured: Measurement | None = None
         reason = refusal(source)
         if reason is not None:
             raise ValueError(
@@ -211,11 +274,16 @@ class FrozenBlock(nn.Module):
             )
         self.shapes = [block_ops.StageShape.of(stage) for stage in stages]
         self.windows = [0 if m.log_kernel is None else m.log_kernel.shape[0] for m in mask_specs]
+        # Shapes keep their masks: what is dense still says which decision would have gated what.
+        self._packed_masks = len(mask_specs)
+        if computed == "dense":
+            self._packed_masks = 0
+            mask_specs, stages = [], [replace(stage, mask=-1) for stage in stages]
         params, spec = block_ops.pack_block(mask_specs, stages, relu=self.is_block, dtype=dtype)
         self.register_buffer("params", params)
         self.register_buffer("spec", spec)
         self.samplers = nn.ModuleList(
-            FrozenSampler(sampler, inside=flag)
+            ComputedEverywhere() if computed == "dense" else FrozenSampler(sampler, inside=flag)
             for sampler, flag in zip(samplers, inside, strict=True)
         )
         self.interpolations = nn.ModuleList(copy.deepcopy(fills))
@@ -236,28 +304,39 @@ class FrozenBlock(nn.Module):
             x: (B, C, H, W) float32, or bfloat16 where that is computed in; channels-last of the
                 same dtype is read in place, everything else is copied.
             decision: for a convolution only, a decision made elsewhere; needed where the source
-                has no sampler.
+                has no sampler, refused where the layer is computed dense.
 
         Returns:
             (B, O, Ho, Wo) channels-last, `output_dtype`.
 
         Raises:
             TypeError: `x` is of another dtype.
-            ValueError: rank, channels or device are wrong, `x` holds NaN that reaches a head, or
-                there is neither a decision nor a sampler.
+            ValueError: rank, channels, size or device are wrong, `x` holds NaN that reaches a
+                head, there is neither a decision nor a sampler, or a decision for a dense layer.
             RuntimeError: a gradient is asked for.
         """
         check_features("FrozenBlock", x, self.shapes[0].in_channels, self.dtype)
+        if self.computed == "dense" and decision is not None:
+            raise ValueError(
+                "FrozenBlock: a decision is passed, but this layer was frozen to compute every "
+                "position and would not listen; call it without one, or freeze the model again "
+                "with choose={its name: 'sampled'}."
+            )
         batch, _, height, width = x.shape
         sizes = block_ops.block_sizes(self.shapes, (height, width))
+        if min(sizes[-1]) < 1:
+            raise ValueError(
+                f"FrozenBlock: a {height}x{width} input is smaller than the kernel "
+                f"{self.shapes[-1].kernel_size} with its padding; use a larger input."
+            )
         mask_sizes = []
-        for m in range(len(self._decision_of_mask)):
+        for m in range(self._packed_masks):
             first = next(i for i, shape in enumerate(self.shapes) if shape.mask == m)
             mask_sizes.append(sizes[first])
         noise: list[Tensor | None] = []
         given: list[Tensor | None] = []
         elsewhere: list[SamplingDecision | None] = []
-        for m, decision_index in enumerate(self._decision_of_mask):
+        for m, decision_index in enumerate(self._decision_of_mask[: self._packed_masks]):
             made, drawn = decision, None
             is_copy = m >= self._num_decisions
             if made is None and not is_copy:
@@ -304,7 +383,10 @@ class FrozenBlock(nn.Module):
             mask_positions=sum(h * w for h, w in mask_sizes),
             output_dtype=self.output_dtype,
         )
-        self._show(masks, logits, elsewhere, mask_sizes)
+        if self.computed == "dense":
+            self._show_everywhere(batch, sizes)
+        else:
+            self._show(masks, logits, elsewhere, mask_sizes)
         return out
 
     def _show(
@@ -324,6 +406,13 @@ class FrozenBlock(nn.Module):
                 logit = logits[:, at:end].view(-1, 1, height, width)
                 sampler(mask, torch.sigmoid(logit) if made is None else made.probability)
             at = end
+
+    def _show_everywhere(self, batch: int, sizes: Sequence[tuple[int, int]]) -> None:
+        """Pass full masks through the samplers that are being watched."""
+        for i, sampler in enumerate(self.samplers):
+            if sampler._forward_hooks:
+                size = (batch, 1, *sizes[self._decision_index_first(i)])
+                sampler(torch.ones(size, dtype=torch.bool), torch.ones(size))
 
     def samplers_named(self) -> list[tuple[str, nn.Module]]:
         """The decisions' names relative to this module, as in the source, and what shows them."""
@@ -373,7 +462,10 @@ class FrozenBlock(nn.Module):
 
     def extra_repr(self) -> str:
         """What was packed, for repr."""
-        settings = ", ".join(filter(None, [self.settings, f"params={self.params.numel()}"]))
+        form = "" if self.computed == "sampled" else f"computed={self.computed}"
+        if self.measured is not None:
+            form = f"computed={self.computed} ({self.measured})"
+        settings = ", ".join(filter(None, [self.settings, f"params={self.params.numel()}", form]))
         return settings + dtype_note(self.dtype, self.output_dtype)
 
 

@@ -216,7 +216,6 @@ def pack_block(
         if stage.offset is None:
             spec += [0, 0, 0, -1, -1]
             continue
-        assert stage.mask >= 0
         moving = stage.offset
         weight, bias = pack(moving.weight, moving.bias, 1, dtype)
         spec += [moving.groups, int(moving.is_modulated), int(moving.is_guided)]
