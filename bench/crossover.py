@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import sparsight
 from harness.possible import crossover_density
-from harness.rivals import RIVALS, as_tensors, exported_rivals
+from harness.rivals import as_tensors, exported_rivals
 from harness.script import (
     Candidate,
     Settings,
@@ -139,8 +139,7 @@ def given(conv: nn.Module, mask: Tensor) -> Candidate:
 
 def main() -> None:
     """Measure every shape."""
-    rivals = [name for name in RIVALS if name not in ("onnxruntime", "compile")]
-    settings = settings_of(argument_parser(__doc__, rivals=rivals).parse_args(), budget_s=0.3)
+    settings = settings_of(argument_parser(__doc__).parse_args(), budget_s=0.3)
     shapes = layers()
     if settings.quick:
         shapes = [

@@ -40,7 +40,6 @@ from torchvision.models.segmentation.fcn import FCN, FCNHead
 from harness.models import Maps, frozen, liven_norms, resnet, sampled_at
 from harness.possible import possible_ms, realised_share
 from harness.rivals import (
-    RIVALS,
     as_tensors,
     check_agrees,
     compiled,
@@ -341,7 +340,7 @@ def with_backbone(model: nn.Module, change: Callable[[nn.Module], nn.Module]) ->
 
 def main() -> None:
     """Measure the networks that were asked for."""
-    settings = settings_of(argument_parser(__doc__, dtypes=True, rivals=RIVALS).parse_args())
+    settings = settings_of(argument_parser(__doc__, dtypes=True).parse_args())
     measures: dict[str, Callable[[], list[Row]]] = {
         "features": lambda: feature_rows(settings),
         "fcn": lambda: fcn_rows(settings),

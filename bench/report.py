@@ -62,6 +62,7 @@ COLUMNS = {
 # Rows that a goal is about: it is not met by half of them.
 NUM_BLOCKS = 16  # four stages at four densities
 NUM_STAGES = 4
+SOAK_CALLS = 10_000  # constant memory is asked of as many; of fewer it is only reported
 FEATURES = "ResNet-50 features"
 
 
@@ -113,6 +114,15 @@ def numbers(rows: Sequence[Row], column: str, **wanted: Any) -> list[float]:
     ]
 
 
+def fully_rivalled(rows: Sequence[Row]) -> list[Row]:
+    """The rows that had both bindings of OpenVINO to beat: a goal is not met against the slower."""
+    return [
+        row
+        for row in rows
+        if all(numbers([row], name) for name in ("openvino ms", "openvino nhwc ms"))
+    ]
+
+
 def spread(values: Sequence[float]) -> str:
     """The values, or their range where there are many."""
     if not values:
@@ -124,7 +134,7 @@ def spread(values: Sequence[float]) -> str:
 
 def block_goals(results: Results) -> list[Goal]:
     """What single blocks must reach; in bfloat16 and in a chain they are reported."""
-    shares = numbers(results.get("block", []), "realised/possible")
+    shares = numbers(fully_rivalled(results.get("block", [])), "realised/possible")
     mean = [geometric_mean(shares)] if shares else []
     name = "blocks, realised / possible: geometric mean"
     # The mean of some rows is neither within the goal nor beyond it.
@@ -153,7 +163,8 @@ def network_goals(results: Results) -> list[Goal]:
     rows, half = results.get("network", []), results.get("network-bfloat16", [])
 
     def features(rows: list[Row], column: str, density: float) -> list[float]:
-        return numbers(rows, column, **{"network": FEATURES, "asked density": density})
+        wanted = {"network": FEATURES, "asked density": density}
+        return numbers(fully_rivalled(rows), column, **wanted)
 
     full = [1 / speedup for speedup in features(rows, "speed-up", 1.0)]
     named = [row for row in rows if row.get("network", FEATURES) != FEATURES]
@@ -221,7 +232,12 @@ def memory_goals(results: Results) -> list[Goal]:
         Goal("peak memory / eager's", peaks, 1.0, at_most=True, expected=2),
         Goal("allocations in a warm call of a block", numbers(blocks, allocated), 0, True),
         Goal("allocations in a warm call of a network", numbers(networks, allocated), 0, True, 3),
-        Goal(f"growth over the second half of {most or 10_000} calls, KiB", late, 0, True),
+        Goal(
+            f"growth over the second half of {most or SOAK_CALLS} calls, KiB",
+            late,
+            None if late and most < SOAK_CALLS else 0,
+            at_most=True,
+        ),
     ]
 
 

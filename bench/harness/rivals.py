@@ -163,7 +163,7 @@ def as_tensors(output: Any) -> list[Tensor]:
 
 
 EXPORTED = ("openvino", "openvino nhwc", "onnxruntime")
-RIVALS = (*EXPORTED, "compile", "eager")
+SHOWN = (*EXPORTED, "compile", "eager")  # in the order of the columns
 
 
 def exported_rivals(

@@ -23,6 +23,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SLOW_MS = 500.0
 MOST_SAMPLES = 200
 
+# What the times of dense networks are taken of; "chain" is four blocks in one OpenVINO network. The
+# same names for every script, so that make can pass --without to all.
+RIVALS = ("openvino", "openvino nhwc", "onnxruntime", "compile", "eager", "chain")
+SLOW_TO_BUILD = ("compile", "chain")  # tens of seconds each: not in the quick form
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -60,19 +65,12 @@ class Settings:
         return "left out by --quick" if self.quick and rival in SLOW_TO_BUILD else None
 
 
-# Tens of seconds each: not in the quick form.
-SLOW_TO_BUILD = ("compile", "chain")
-
-
-def argument_parser(
-    description: str | None, *, dtypes: bool = False, rivals: Sequence[str] = ()
-) -> argparse.ArgumentParser:
+def argument_parser(description: str | None, *, dtypes: bool = False) -> argparse.ArgumentParser:
     """A parser with the shared flags.
 
     Args:
         description: the script's docstring.
         dtypes: whether the script knows others than float32.
-        rivals: that `--without` may name.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -87,11 +85,14 @@ def argument_parser(
     )
     if dtypes:
         parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    if rivals:
-        parser.add_argument(
-            "--without", nargs="+", default=[], choices=rivals, metavar="RIVAL",
-            help=f"do not build these: {', '.join(rivals)}",
-        )  # fmt: skip
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        choices=RIVALS,
+        metavar="RIVAL",
+        help=f"time these dense rivals nowhere: {', '.join(RIVALS)}",
+    )
     return parser
 
 
@@ -104,7 +105,7 @@ def settings_of(args: argparse.Namespace, *, budget_s: float = 1.0) -> Settings:
         threads=args.threads,
         dtype=DTYPES[getattr(args, "dtype", "float32")],
         out=args.out,
-        without=frozenset(getattr(args, "without", ())),
+        without=frozenset(args.without),
         only=tuple(args.only),
         resume=args.resume,
     )

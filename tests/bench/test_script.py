@@ -27,7 +27,7 @@ def bench():
 
 def settings_of(bench, *flags, **known):
     script = bench["harness.script"]
-    parser = script.argument_parser("", dtypes=True, rivals=bench["rivals"].RIVALS)
+    parser = script.argument_parser("", dtypes=True)
     threads = str(torch.get_num_threads())
     return script.settings_of(parser.parse_args([*flags, "--threads", threads]), **known)
 
@@ -109,6 +109,14 @@ def test_a_block_that_cannot_be_frozen_keeps_its_rivals_in_the_row(bench):
     assert row["ours ms"] == "no bfloat16: because" and row["ours in a chain ms"] == "no bfloat16"
     assert row["openvino ms"] == "left out by --without" and row["openvino nhwc ms"] == 10.0
     assert "realised/possible" not in row and "realised/possible in a chain" not in row
+
+
+def test_the_addition_moves_the_bytes_of_the_maps(bench):
+    x = torch.rand(1, 4, 4, 4)
+    whole = bench["block"].addition(x, torch.float32)(None)
+    half = bench["block"].addition(x, torch.bfloat16)(None)
+    assert whole.nbytes == x.nbytes and half.nbytes == x.bfloat16().nbytes
+    assert whole.dtype == half.dtype == torch.float32
 
 
 class Narrow(nn.Module):
