@@ -3,7 +3,8 @@
 #
 #   make demo    train, convert and freeze a small network; writes sparsight-demo/report.html
 #   make test    the test suite, in two processes   PYTEST_ARGS='-k sites -x' narrows it
-#   make bench   the benchmarks, written to runs/bench/<time>        BENCH_ARGS=--quick shortens them
+#   make bench   the benchmarks, written to runs/bench/<time>; some 20 minutes on two cores
+#                BENCH_ARGS=--quick shortens them; BENCH_OUT=<folder> BENCH_ARGS=--resume goes on with a run
 #   make lint    ruff, pyright, clang-format
 #   make clean   remove .venv, the build and the caches
 
@@ -16,9 +17,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-# A folder per run: a report is never overwritten. roofline reads what block wrote.
+# A folder per run, so that no report is overwritten by accident. roofline reads what block wrote.
 BENCH_OUT ?= runs/bench/$(shell date -u +%Y-%m-%d-%H%M%S)
-BENCHES := block network overhead memory crossover roofline
 DEMO_ARGS ?=
 
 # What the compiled package is made of; Python files are not here, because the installation is editable.
@@ -59,9 +59,13 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m 'not network' $(PYTEST_ARGS)
 
 bench: $(STAMP)
-	@set -e; out="$(BENCH_OUT)"; for name in $(BENCHES); do \
-	  echo "== $$name"; $(BIN)/python bench/$$name.py --out "$$out" $(BENCH_ARGS); done; \
-	echo "== report"; $(BIN)/python bench/report.py --json "$$out"/*.json
+	@out="$(BENCH_OUT)"; failed=; \
+	measure() { echo "== $$*"; \
+	  $(BIN)/python bench/"$$1".py --out "$$out" "$${@:2}" $(BENCH_ARGS) || failed="$$failed $$1"; }; \
+	measure block; measure network; measure overhead; measure memory; measure crossover; measure roofline; \
+	measure block --dtype bfloat16; measure network --dtype bfloat16 --only features; \
+	echo "== report"; $(BIN)/python bench/report.py --json "$$out" || failed="$$failed report"; \
+	if [ -n "$$failed" ]; then echo "make bench: failed:$$failed; the rest is in $$out" >&2; exit 1; fi
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

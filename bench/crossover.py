@@ -1,6 +1,7 @@
 """The density above which the dense layer is faster, per layer shape, losses included.
 
     python bench/crossover.py --out runs/bench/today     the convolutions of ResNet-50, and others
+    python bench/crossover.py --only "stage 3 conv2"     one of them, by name
     python bench/crossover.py --quick
 
 A single frozen convolution with its mask given (in a block, layers share a decision), interpolation
@@ -20,15 +21,15 @@ from harness.possible import crossover_density
 from harness.rivals import as_tensors, exported_rivals
 from harness.script import (
     Candidate,
-    Row,
     Settings,
     argument_parser,
     cells,
     compare,
     fastest_ms,
-    publish,
+    run_script,
     settings_of,
 )
+from harness.stages import Row, Stage
 from sparsight.measure import Latency
 from sparsight.nn import SamplingDecision
 
@@ -100,7 +101,8 @@ def layer_row(layer: Layer, densities: tuple[float, ...], settings: Settings) ->
         truth = conv(x)
     names = ("openvino", "openvino nhwc")
     candidates = exported_rivals(conv, x, settings, as_tensors(truth), names)
-    candidates["eager"] = conv.to(memory_format=torch.channels_last)
+    plain = conv.to(memory_format=torch.channels_last)
+    candidates["eager"] = settings.left_out("eager") or plain
     source = sparsight.sparsify(nn.Sequential(conv), where=lambda name, module: name == "0")
     ours = sparsight.freeze(source.eval(), example=x).get_submodule("0")
     draw = torch.rand(1, 1, *truth.shape[2:])
@@ -137,7 +139,7 @@ def given(conv: nn.Module, mask: Tensor) -> Candidate:
 
 def main() -> None:
     """Measure every shape."""
-    settings = settings_of(argument_parser(__doc__).parse_args(), repeats=20)
+    settings = settings_of(argument_parser(__doc__).parse_args(), budget_s=0.3)
     shapes = layers()
     if settings.quick:
         shapes = [
@@ -145,11 +147,14 @@ def main() -> None:
             Layer("depthwise", 32, 32, 3, (8, 16), groups=32),
         ]
     densities = (0.1, 0.5, 1.0) if settings.quick else DENSITIES
-    rows = [layer_row(layer, densities, settings) for layer in shapes]
-    publish(
+    stages = [
+        Stage(layer.name, lambda layer=layer: [layer_row(layer, densities, settings)])
+        for layer in shapes
+    ]
+    run_script(
         settings,
         "crossover",
-        rows,
+        stages,
         title="Single convolutions: the density above which dense is faster",
         notes=(
             "`at d ms`: our frozen convolution at density d with its mask given, interpolation "

@@ -1,22 +1,32 @@
 """Whole networks, frozen and sampled, against the same networks dense.
 
     python bench/network.py --out runs/bench/today     ResNet-50 features, FCN and Faster R-CNN
-    python bench/network.py --only features            one of features, fcn, detector
+    python bench/network.py --only features            some of features, fcn, fcn-body, detector
+                                                       and detector-body
     python bench/network.py --quick                    small networks on small images
+    python bench/network.py --dtype bfloat16 --only features
+    python bench/network.py --without compile          faster to build, and said so in the table
 
 features   the four stage outputs of a ResNet-50 at 512x1024, at every density, against OpenVINO,
            ONNX Runtime, torch.compile with freezing and eager channels-last.
 fcn        torchvision's fcn_resnet50 at 512x1024, density 0.3.
 detector   torchvision's fasterrcnn_resnet50_fpn on an image of 800x1216, density 0.3.
 
-The last two have three kinds of rows: the whole model against dense torch.compile; the same against
-torch.compile of its backbone alone where the whole one cannot be compiled in one piece (the
-detector: proposals); and the sampled part, its backbone, measured by itself against what the MAC
-ratio of that part promises. "frozen dense" is our own packed dense model: what the layers
-that are not sampled cost.
+The last two have a row for the whole model against dense torch.compile (of the detector only its
+backbone is compiled: every number of proposals would compile the rest anew) and, in the stage
+`-body`, one for the sampled part by itself. That part is the ResNet that is sampled, stem, shortcut
+convolutions and all, on the input that the model gives it, without neck and heads. Its theory is
+the time of the same part in dense torch.compile, measured in the same run, times its MAC ratio:
+multiply-adds of all of its layers, those that are not sampled, sampler heads and interpolation
+included, over those of the dense part. "frozen dense" is our own packed dense model: what the
+layers that are not sampled cost.
+
+In bfloat16 every candidate takes float32 images and returns float32; the dense detector's backbone
+alone computes in bfloat16, with its proposals and boxes in float32.
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,18 +39,25 @@ from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 from harness.models import Maps, frozen, liven_norms, resnet, sampled_at
 from harness.possible import possible_ms, realised_share
-from harness.rivals import as_tensors, check_agrees, compiled, dense_rivals, folded
+from harness.rivals import (
+    as_tensors,
+    check_agrees,
+    compiled,
+    dense_rivals,
+    folded,
+    in_dtype,
+)
 from harness.script import (
     Candidate,
-    Row,
     Settings,
     argument_parser,
     cells,
     compare,
     fastest_ms,
-    publish,
+    run_script,
     settings_of,
 )
+from harness.stages import Row, Stage
 from sparsight.measure import Latency, MacCount, count_macs
 from sparsight.models.semantic_fpn import ResNetStages
 
@@ -54,6 +71,11 @@ def image_of(height: int, width: int) -> Tensor:
     """(1, 3, height, width), normalised as networks expect, channels-last."""
     torch.manual_seed(1)
     return torch.randn(1, 3, height, width).to(memory_format=torch.channels_last)
+
+
+def street_image(settings: Settings) -> Tensor:
+    """The image of everything but the detector."""
+    return image_of(*((64, 96) if settings.quick else (512, 1024)))
 
 
 def ours_of(
@@ -103,12 +125,9 @@ def network_row(
         "GMACs": counted.total / 1e9,
         "MAC ratio": counted.ratio,
     }
-    latency = times[ours]
-    if isinstance(latency, str):
-        return {**row, "ours ms": latency}
-    row["n"] = latency.num_samples
     for name in rivals:
         row |= cells(name, times[name])
+    latency = times[ours]
     row |= cells("ours", latency)
     dense_ms = fastest_ms(times, *against)
     row["against"] = next(
@@ -118,14 +137,16 @@ def network_row(
         return row
     possible = possible_ms(dense_ms, counted.ratio)
     row["possible speed-up"] = dense_ms / possible
-    row["speed-up"] = dense_ms / latency.latency_ms
-    row["realised/possible"] = realised_share(dense_ms, latency.latency_ms, possible)
+    if not isinstance(latency, str):
+        row["n"] = latency.num_samples
+        row["speed-up"] = dense_ms / latency.latency_ms
+        row["realised/possible"] = realised_share(dense_ms, latency.latency_ms, possible)
     return row
 
 
 def feature_rows(settings: Settings) -> list[Row]:
     """The stage outputs of a ResNet at every density."""
-    x = image_of(64, 96) if settings.quick else image_of(512, 1024)
+    x = street_image(settings)
     body = Maps(ResNetStages(resnet(TINY if settings.quick else LAYERS))).eval()
     densities = (1.0, DENSITY) if settings.quick else DENSITIES
     candidates = dense_rivals(body, x, settings)
@@ -150,19 +171,41 @@ def feature_rows(settings: Settings) -> list[Row]:
     ]
 
 
-def body_row(name: str, body: nn.Module, x: Tensor, settings: Settings) -> Row:
-    """The sampled part of a model by itself, against its MAC ratio."""
+def body_rows(
+    name: str, build: Callable[[Settings], tuple[nn.Module, Tensor]], settings: Settings
+) -> list[Row]:
+    """The sampled part of a model by itself, against its MAC ratio.
+
+    Args:
+        name: of the model.
+        build: makes the part, and its input.
+        settings: of the run.
+    """
+    body, x = build(settings)
     body = Maps(body).eval()
-    candidates: dict[str, Candidate]
-    # The exports take seconds, and with --quick `feature_rows` has tried them.
-    candidates = {"eager": folded(body)} if settings.quick else dense_rivals(body, x, settings)
+    # The goal is against torch.compile; exports would take a minute, and features has them.
+    candidates = dense_rivals(body, x, settings, exported=())
     rivals = tuple(candidates)
     candidates["ours"], counted = ours_of(body, DENSITY, x, settings)
     times = compare(settings, candidates, x)
-    against = ("eager",) if settings.quick else ("compile",)
-    return network_row(
-        f"{name}, sampled part", x, DENSITY, counted, times, "ours", rivals, against, settings
-    )
+    return [
+        network_row(
+            f"{name}, sampled part",
+            x,
+            DENSITY,
+            counted,
+            times,
+            "ours",
+            rivals,
+            against_of(settings),
+            settings,
+        )
+    ]
+
+
+def against_of(settings: Settings) -> tuple[str, ...]:
+    """torch.compile; eager where that was not built, which the report takes for no goal."""
+    return ("eager",) if settings.left_out("compile") else ("compile",)
 
 
 def fcn(settings: Settings) -> FCN:
@@ -189,88 +232,127 @@ def detector(settings: Settings) -> FasterRCNN:
     return model
 
 
+def fcn_body(settings: Settings) -> tuple[nn.Module, Tensor]:
+    """The part of the FCN that is sampled, and its input."""
+    return fcn(settings).backbone, street_image(settings)
+
+
+def detector_image(settings: Settings) -> Tensor:
+    """(1, 3, H, W) whose short side is the 800 px that the detector scales images to."""
+    return image_of(*((64, 96) if settings.quick else (800, 1216)))
+
+
+def detector_body(settings: Settings) -> tuple[nn.Module, Tensor]:
+    """The part of the detector that is sampled, and its input: scaled, normalised, padded."""
+    model = detector(settings)
+    images, _ = model.transform([detector_image(settings)[0]])
+    padded = images.tensors.contiguous(memory_format=torch.channels_last)
+    backbone = model.backbone
+    assert isinstance(backbone, nn.Module)
+    return backbone.get_submodule("body"), padded
+
+
 def model_rows(
     name: str,
     model: nn.Module,
     x: Tensor,
     argument: Any,
-    compile_dense: Callable[[nn.Module], Candidate],
-    body: tuple[nn.Module, Tensor],
+    dense: Callable[[nn.Module], nn.Module],
+    compile_dense: Callable[[nn.Module], nn.Module],
     settings: Settings,
 ) -> list[Row]:
-    """A whole model and its sampled part at density 0.3.
+    """A whole model at density 0.3.
 
     Args:
         name: of the model.
         model: dense.
         x: the image.
         argument: what the model takes.
-        compile_dense: the model in torch.compile, as far as that goes.
-        body: the part that is sampled, and its input.
+        dense: from the folded model to the one in the dtype of the run.
+        compile_dense: from that one to torch.compile of it, as far as that goes.
         settings: of the run.
     """
     source = sampled_at(model, DENSITY)
     counted = count_macs(source, argument)
-    plain = folded(model)
+    plain = dense(folded(model))
     candidates: dict[str, Candidate] = {
-        "compile": "left out by --quick" if settings.quick else compile_dense(plain),
-        "eager": plain,
+        "compile": settings.left_out("compile") or compile_dense(plain),
+        "eager": settings.left_out("eager") or plain,
         "frozen dense": frozen(model, argument, settings.dtype),
         "ours": frozen(source, argument, settings.dtype),
     }
     rivals = ("compile", "eager", "frozen dense")
-    against = ("eager",) if settings.quick else ("compile",)
+    if isinstance(argument, Tensor):
+        # Boxes of a detector change places with the last bit; its body is checked by itself.
+        check_all(candidates, {"ours": source}, model, argument, settings.dtype)
     times = compare(settings, candidates, argument)
-    whole = network_row(name, x, DENSITY, counted, times, "ours", rivals, against, settings)
-    return [whole, body_row(name, *body, settings)]
+    return [
+        network_row(
+            name, x, DENSITY, counted, times, "ours", rivals, against_of(settings), settings
+        )
+    ]
 
 
-def compiled_backbone(model: nn.Module) -> nn.Module:
-    """A detector whose backbone is compiled: proposals, of data-dependent number, are left eager.
+def check_all(
+    candidates: dict[str, Candidate],
+    sources: dict[str, nn.Module],
+    model: nn.Module,
+    x: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """Hold every candidate against its source, `model` where `sources` names no other."""
+    with torch.inference_mode():
+        for name, candidate in candidates.items():
+            if not isinstance(candidate, str):
+                truth = as_tensors(sources.get(name, model)(x))
+                check_agrees(name, as_tensors(candidate(x)), truth, dtype)
 
-    Compiling the whole model recompiles for every number of proposals.
-    """
+
+def fcn_rows(settings: Settings) -> list[Row]:
+    """The whole FCN."""
+    model, x = fcn(settings), street_image(settings)
+    dense = functools.partial(in_dtype, dtype=settings.dtype)
+    return model_rows("fcn_resnet50", model, x, x, dense, compiled, settings)
+
+
+def detector_rows(settings: Settings) -> list[Row]:
+    """The whole detector."""
+    x = detector_image(settings)
+    return model_rows(
+        "fasterrcnn_resnet50_fpn (compile: its backbone)",
+        detector(settings),
+        x,
+        [x[0]],
+        lambda model: with_backbone(model, lambda b: in_dtype(b, settings.dtype)),
+        lambda model: with_backbone(model, compiled),
+        settings,
+    )
+
+
+def with_backbone(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A detector around a changed backbone; the given one stays as it is."""
     backbone = model.backbone
     assert isinstance(backbone, nn.Module)
     model = copy.copy(model)
-    model._modules = {**model._modules, "backbone": compiled(backbone)}
+    model._modules = {**model._modules, "backbone": change(backbone)}
     return model
 
 
 def main() -> None:
     """Measure the networks that were asked for."""
-    parser = argument_parser(__doc__)
-    parser.add_argument("--only", choices=("features", "fcn", "detector"), help="leave out others")
-    args = parser.parse_args()
-    settings = settings_of(args, repeats=10)
-    rows: list[Row] = []
-    if args.only in (None, "features"):
-        rows += feature_rows(settings)
-    if args.only in (None, "fcn"):
-        model = fcn(settings)
-        x = image_of(64, 96) if settings.quick else image_of(512, 1024)
-        rows += model_rows("fcn_resnet50", model, x, x, compiled, (model.backbone, x), settings)
-    if args.only in (None, "detector"):
-        model = detector(settings)
-        x = image_of(64, 96) if settings.quick else image_of(800, 1216)
-        # The detector resizes and normalises by itself; its body is given what it would make.
-        images, _ = model.transform([x[0]])
-        padded = images.tensors.contiguous(memory_format=torch.channels_last)
-        body = model.backbone.get_submodule("body"), padded
-        rows += model_rows(
-            "fasterrcnn_resnet50_fpn (compile: its backbone)",
-            model,
-            x,
-            [x[0]],
-            compiled_backbone,
-            body,
-            settings,
-        )
-    publish(
+    settings = settings_of(argument_parser(__doc__, dtypes=True).parse_args())
+    measures: dict[str, Callable[[], list[Row]]] = {
+        "features": lambda: feature_rows(settings),
+        "fcn": lambda: fcn_rows(settings),
+        "fcn-body": lambda: body_rows("fcn_resnet50", fcn_body, settings),
+        "detector": lambda: detector_rows(settings),
+        "detector-body": lambda: body_rows("fasterrcnn_resnet50_fpn", detector_body, settings),
+    }
+    run_script(
         settings,
-        "network" if args.only is None else f"network-{args.only}",
-        rows,
-        title="Networks: frozen and sampled against dense",
+        "network",
+        [Stage(name, measure) for name, measure in measures.items()],
+        title=f"Networks in {settings.dtype_name}: frozen and sampled against dense",
         notes=(
             "MACs of what the row names, sampler heads and interpolation included; white noise, "
             "no grid, random weights. `possible speed-up` is one over the MAC ratio. Batch 1."

@@ -1,6 +1,7 @@
 """What a block costs beside its convolutions: one call, and the parts that sampling adds.
 
     python bench/overhead.py --out runs/bench/today
+    python bench/overhead.py --only calls 64             of calls and the stages by planes
     python bench/overhead.py --quick
 
 call    one call of the block operator on a 1x1 map with an empty mask, masks given: nothing to
@@ -14,6 +15,7 @@ heads = the block that decides - the same block with those masks given; interpol
 A difference of two medians is noisy where the part is small; the spread of both is shown.
 """
 
+import functools
 from collections.abc import Callable
 from typing import cast
 
@@ -23,7 +25,8 @@ from torch import Tensor, nn
 import sparsight
 from harness.models import STAGES, block_input, dense_block, sampler_at
 from harness.possible import share_ratio
-from harness.script import Row, Settings, argument_parser, compare, publish, settings_of
+from harness.script import Settings, argument_parser, compare, run_script, settings_of
+from harness.stages import Row, Stage
 from sparsight.measure import Latency, MacCount, count_macs
 from sparsight.nn import ZeroFill
 from sparsight.nn.frozen_block import FrozenBlock, FrozenSampler
@@ -161,16 +164,17 @@ def added_by_sampling(counted: MacCount) -> int:
 
 def main() -> None:
     """Measure calls and shares."""
-    settings = settings_of(argument_parser(__doc__).parse_args(), repeats=60)
-    rows = call_rows(settings)
+    settings = settings_of(argument_parser(__doc__).parse_args(), budget_s=1.5)
+    stages = [Stage("calls", lambda: call_rows(settings))]
     shrink = 8 if settings.quick else 1
     for planes in (64,) if settings.quick else STAGES:
         size = STAGES[planes][0] // shrink, STAGES[planes][1] // shrink
-        rows.append(share_row(planes, size, settings))
-    publish(
+        share = functools.partial(share_row, planes, size, settings)
+        stages.append(Stage(str(planes), lambda share=share: [share()]))
+    run_script(
         settings,
         "overhead",
-        rows,
+        stages,
         title="What a block costs beside its convolutions",
         notes=(
             "Shares are of the operator's time and MACs; the parts are differences between calls "

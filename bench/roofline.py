@@ -1,6 +1,7 @@
 """Where the time goes: the machine's two roofs, measured, and the blocks below them.
 
     python bench/roofline.py --out runs/bench/today     after bench/block.py wrote block.json there
+    python bench/roofline.py --only blocks --out ...    some of roofs and blocks
     python bench/roofline.py --quick
 
 The compute roof is the rate of multiply-adds in registers, the memory roof an in-place addition of
@@ -12,8 +13,6 @@ measured in-place addition. The figure `roofline.svg` shows the same.
 
 import ctypes
 import json
-import shutil
-import subprocess
 import tempfile
 import threading
 import time
@@ -23,22 +22,21 @@ from typing import Any
 
 import torch
 
+from harness.native import build_library
 from harness.possible import bound_ms
-from harness.script import Row, Settings, argument_parser, publish, settings_of
+from harness.script import Settings, argument_parser, measure_into, open_file, settings_of
+from harness.stages import Row, Stage
 
-SOURCE = Path(__file__).parent / "harness" / "peak_rate.cpp"
+REPEATS = 7
 # Per thread: both arrays in L2, in the shared L3, in DRAM.
 WORKING_SETS_MIB = {"L2": 0.5, "L3": 8.0, "DRAM": 256.0}
 
 
 def build_loops(folder: Path) -> Any | str:
     """The compiled loops, or why there are none."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return "no C++ compiler found"
-    library = folder / "peak_rate.so"
-    flags = ["-O3", "-march=native", "-shared", "-fPIC", "-std=c++20"]
-    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True)
+    library = build_library("peak_rate.cpp", folder, ["-march=native"])
+    if isinstance(library, str):
+        return library
     loops = ctypes.CDLL(str(library))
     loops.multiply_add.restype = loops.add_in_place.restype = ctypes.c_int64
     loops.multiply_add.argtypes = [ctypes.c_int64, ctypes.c_void_p]
@@ -77,6 +75,7 @@ def rate(work: Callable[[int], int], threads: int, repeats: int) -> float:
 def peak_rows(loops: Any, settings: Settings) -> list[Row]:
     """Compute and memory roofs, for one thread and for all."""
     rows: list[Row] = []
+    repeats = 3 if settings.quick else REPEATS
     rounds = 10**6 if settings.quick else 3 * 10**7
     sink = torch.zeros(64 * settings.threads)
     for threads in sorted({1, settings.threads}):
@@ -84,7 +83,7 @@ def peak_rows(loops: Any, settings: Settings) -> list[Row]:
         def multiply(i: int) -> int:
             return loops.multiply_add(rounds, sink[64 * i :].data_ptr())
 
-        peak = rate(multiply, threads, settings.repeats)
+        peak = rate(multiply, threads, repeats)
         rows.append({"roof": "fp32 multiply-adds", "threads": threads, "GMAC/s": peak})
     for level, mib in WORKING_SETS_MIB.items():
         if settings.quick and level == "DRAM":
@@ -98,7 +97,7 @@ def peak_rows(loops: Any, settings: Settings) -> list[Row]:
                 left, right = arrays[i]
                 return loops.add_in_place(left.data_ptr(), right.data_ptr(), count, times)
 
-            gb = rate(add, threads, settings.repeats)
+            gb = rate(add, threads, repeats)
             rows.append(
                 {"roof": f"addition, {level}", "threads": threads, "MiB each": mib, "GB/s": gb}
             )
@@ -174,38 +173,50 @@ def draw(rows: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
+def roof_rows(settings: Settings) -> list[Row]:
+    """The roofs, or why they are not measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        loops = build_loops(Path(folder))
+        if isinstance(loops, str):
+            return [{"roof": f"not measured: {loops}"}]
+        return peak_rows(loops, settings)
+
+
+def rows_below(blocks: Path | None, roofs: list[Row]) -> list[Row]:
+    """The blocks of a block.json below the roofs, or what is missing for that."""
+    if blocks is None or not blocks.exists():
+        return [{"roof": "no block.json, so no blocks below the roofs: pass --blocks"}]
+    peaks = [row["GMAC/s"] for row in roofs if "GMAC/s" in row]
+    if not peaks:
+        return [{"roof": "no roofs, so no blocks below them: measure the stage roofs first"}]
+    return block_rows(json.loads(blocks.read_text(encoding="utf-8"))["rows"], max(peaks))
+
+
 def main() -> None:
     """Measure the roofs, and hold the blocks against them."""
     parser = argument_parser(__doc__)
     parser.add_argument("--blocks", type=Path, help="block.json; default: that in --out")
     args = parser.parse_args()
-    settings = settings_of(args, repeats=7)
-    with tempfile.TemporaryDirectory() as folder:
-        loops = build_loops(Path(folder))
-        if isinstance(loops, str):
-            print(f"roofline: {loops}; the roofs are not measured")
-            return
-        rows = peak_rows(loops, settings)
-    blocks = args.blocks or (settings.out / "block.json" if settings.out else None)
-    if blocks is None or not blocks.exists():
-        print("roofline: no block.json, so no blocks below the roofs; pass --blocks")
-    else:
-        peak = max(row["GMAC/s"] for row in rows if "GMAC/s" in row)
-        below = block_rows(json.loads(blocks.read_text(encoding="utf-8"))["rows"], peak)
-        rows += below
-        if settings.out is not None and below:
-            settings.out.mkdir(parents=True, exist_ok=True)
-            draw(below, settings.out / "roofline.svg")
-    publish(
+    settings = settings_of(args)
+    path = args.blocks or (settings.out / "block.json" if settings.out else None)
+    file = open_file(
         settings,
         "roofline",
-        rows,
+        ("roofs", "blocks"),
         title="The machine's roofs, and the blocks below them",
         notes=(
             "Roofs are the best of the repeats. `compute ms` is MMACs at the peak of all threads; "
             "`bound` the larger of it and the in-place addition measured beside the block."
         ),
     )
+    stages = [
+        Stage("roofs", lambda: roof_rows(settings)),
+        Stage("blocks", lambda: rows_below(path, file.rows("roofs"))),
+    ]
+    measure_into(file, settings, stages)
+    below = [row for row in file.rows("blocks") if "ours ms" in row]
+    if settings.out is not None and below:
+        draw(below, settings.out / "roofline.svg")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The dense network as others run it: eager, torch.compile, OpenVINO, ONNX Runtime.
 
 Each rival is given what suits it best: norms folded, weights packed once, inputs and outputs bound
-beforehand, the same number of threads. A rival that is not installed is a line in the table. Each
-must return what the source returns, or there is no benchmark.
+beforehand, the same number of threads. A rival that is not installed, or was left out, is a line in
+the table. Each must return what the source returns, or there is no benchmark.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._pytree import tree_map
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from harness.script import Candidate, Settings
@@ -141,7 +142,9 @@ class OnnxRuntime:
         return [torch.from_numpy(value.numpy()) for value in self.made]
 
 
-def check_agrees(name: str, made: Sequence[Tensor], truth: Sequence[Tensor], dtype: Any) -> None:
+def check_agrees(
+    name: str, made: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype
+) -> None:
     """Raise RuntimeError unless a candidate computes what the source does."""
     for actual, expected in zip(made, truth, strict=True):
         error = (actual.float() - expected.float()).abs().max() / expected.float().abs().max()
@@ -160,6 +163,7 @@ def as_tensors(output: Any) -> list[Tensor]:
 
 
 EXPORTED = ("openvino", "openvino nhwc", "onnxruntime")
+SHOWN = (*EXPORTED, "compile", "eager")  # in the order of the columns
 
 
 def exported_rivals(
@@ -170,23 +174,26 @@ def exported_rivals(
     names: Sequence[str] = EXPORTED,
 ) -> dict[str, Candidate]:
     """The model in OpenVINO (either layout) and ONNX Runtime, checked against `truth`."""
-    made: dict[str, Candidate] = {}
-    program = onnx_bytes(model, x)
     builds = {
         "openvino": lambda p: OpenVino(p, x, settings, channels_last=False),
         "openvino nhwc": lambda p: OpenVino(p, x, settings, channels_last=True),
         "onnxruntime": lambda p: OnnxRuntime(p, x, settings),
     }
+    made: dict[str, Candidate] = {}
+    program: bytes | str | None = None  # exported once, and only if somebody runs it
     for name in names:
-        build = builds[name]
+        reason = settings.left_out(name)
         if name == "onnxruntime" and settings.dtype == torch.bfloat16:
-            made[name] = "no bfloat16 on the CPU"
+            reason = "no bfloat16 on the CPU"
+        if reason is not None:
+            made[name] = reason
             continue
+        program = onnx_bytes(model, x) if program is None else program
         if isinstance(program, str):
             made[name] = program
             continue
         try:
-            rival = build(program)
+            rival = builds[name](program)
         except ImportError as missing:
             made[name] = f"not installed ({missing.name})"
             continue
@@ -196,26 +203,43 @@ def exported_rivals(
     return made
 
 
-def dense_rivals(model: nn.Module, x: Tensor, settings: Settings) -> dict[str, Candidate]:
+def torch_rivals(
+    model: nn.Module, x: Tensor, settings: Settings, truth: Sequence[Tensor]
+) -> dict[str, Candidate]:
+    """The model in torch, "compile" with freezing and "eager", float32 in and float32 out."""
+    made: dict[str, Candidate] = {}
+    plain = in_dtype(folded(model), settings.dtype)
+    for name, build in (("compile", compiled), ("eager", lambda plain: plain)):
+        reason = settings.left_out(name)
+        if reason is not None:
+            made[name] = reason
+            continue
+        made[name] = rival = build(plain)
+        with torch.inference_mode():
+            check_agrees(name, as_tensors(rival(x)), truth, settings.dtype)
+    return made
+
+
+def dense_rivals(
+    model: nn.Module, x: Tensor, settings: Settings, exported: Sequence[str] = EXPORTED
+) -> dict[str, Candidate]:
     """The dense model as everyone runs it, on float32 input `x`, each checked against the source.
 
-    Names: "openvino", "openvino nhwc", "onnxruntime", "compile", "eager".
+    Names: `exported`, "compile", "eager". In bfloat16, too, maps are float32 at both ends.
     """
     with torch.inference_mode():
         truth = as_tensors(model(x))
-    plain = folded(model).to(settings.dtype)
-    rivals = exported_rivals(folded(model), x, settings, truth)
-    # The input is cast inside, so that every candidate is given the same tensor.
-    cast = plain if settings.dtype == torch.float32 else Cast(plain, settings.dtype)
-    rivals["compile"] = "left out by --quick" if settings.quick else compiled(cast)
-    rivals["eager"] = cast
-    with torch.inference_mode():
-        check_agrees("eager", as_tensors(cast(x)), truth, settings.dtype)
-    return rivals
+    rivals = exported_rivals(folded(model), x, settings, truth, exported) if exported else {}
+    return {**rivals, **torch_rivals(model, x, settings, truth)}
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network computing in `dtype` between float32 ends."""
+    return model if dtype == torch.float32 else Cast(copy.deepcopy(model).to(dtype), dtype)
 
 
 class Cast(nn.Module):
-    """A network that casts its input first."""
+    """A network that casts its input first, and its output back to float32."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -224,4 +248,4 @@ class Cast(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """Return what the network returns for the cast input."""
-        return self.model(x.to(self.dtype))
+        return tree_map(lambda leaf: leaf.float(), self.model(x.to(self.dtype)))

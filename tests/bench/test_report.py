@@ -25,39 +25,137 @@ def report():
 
 def goal(report, results, words):
     (row,) = (row for row in report.reach_rows(results) if words in row["what"])
-    return row["measured"], row["met"]
+    return row["measured"], row["verdict"]
+
+
+BOTH = {"openvino ms": 2.0, "openvino nhwc ms": 1.0}
+
+
+def blocks(shares):
+    return {"block": [{**BOTH, "realised/possible": share} for share in shares]}
+
+
+def test_a_goal_is_not_met_against_the_slower_openvino(report):
+    weak = {**BOTH, "openvino nhwc ms": "left out by --without", "realised/possible": 2.0}
+    assert goal(report, {"block": [weak] * 16}, "possible: each") == ("not measured",) * 2
 
 
 def test_blocks_are_judged_by_mean_and_by_each(report):
-    results = {"block": [{"realised/possible": share} for share in (0.75, 1.0, 1.3)]}
-    assert goal(report, results, "geometric mean") == ("0.992", "yes")
-    assert goal(report, results, "possible: each") == ("0.75 to 1.3", "no")
+    results = blocks([0.75, 1.0, 1.3, 1.0] * 4)
+    assert goal(report, results, "blocks, realised / possible: geometric mean")[1] == "met"
+    assert goal(report, results, "possible: each") == ("0.75 to 1.3", "missed")
+    assert goal(report, blocks([0.9] * 16), "possible: each") == ("0.9 to 0.9", "met")
+    assert goal(report, blocks([0.9] * 16), "blocks, realised / possible: geo")[1] == "missed"
+
+
+def test_some_of_the_rows_cannot_meet_a_goal_but_can_miss_it(report):
+    assert goal(report, blocks([0.9] * 4), "possible: each")[1] == "only 4 of 16 rows measured"
+    assert goal(report, blocks([0.9, 0.1]), "possible: each")[1] == "missed"
+    assert goal(report, blocks([2.0]), "geometric mean (of 1 of 16 rows)") == ("2", "-")
 
 
 def test_features_are_judged_at_their_density(report):
     rows = [
-        {"network": "ResNet-50 features", "asked density": 1.0, "speed-up": 0.8},
-        {"network": "ResNet-50 features", "asked density": 0.3, "realised/possible": 0.95},
-        {"network": "ResNet-50 features", "asked density": 0.1, "realised/possible": 0.2},
+        {**BOTH, "network": "ResNet-50 features", "asked density": density, column: value}
+        for density, column, value in (
+            (1.0, "speed-up", 0.8),
+            (0.3, "realised/possible", 0.95),
+            (0.1, "realised/possible", 0.2),
+        )
     ]
-    assert goal(report, {"network": rows}, "density 1: time") == ("1.25", "no")
-    assert goal(report, {"network": rows}, "density 0.3: realised") == ("0.95", "yes")
+    half = [{**rows[1], "speed-up": 2.5}]
+    results = {"network": rows, "network-bfloat16": half}
+    assert goal(report, results, "density 1: time") == ("1.25", "missed")
+    assert goal(report, results, "density 0.3: realised") == ("0.95", "met")
+    assert goal(report, results, "OpenVINO bf16") == ("2.5", "met")
+
+
+def test_a_sampled_part_is_held_against_torch_compile_and_nothing_weaker(report):
+    rows = [
+        {"network": f"{name}, sampled part", "realised/possible": 0.95, "against": "compile"}
+        for name in ("fcn_resnet50", "fasterrcnn_resnet50_fpn")
+    ]
+    assert goal(report, {"network": rows}, "sampled part") == ("0.95, 0.95", "met")
+    weak = [{**row, "against": "eager"} for row in rows]
+    assert goal(report, {"network": weak}, "sampled part") == ("not measured", "not measured")
+    whole = [{"network": "fcn_resnet50", "speed-up": 1.5, "against": "eager"}]
+    assert goal(report, {"network": whole}, "fcn_resnet50, density 0.3, whole") == ("1.5", "-")
+    assert goal(report, {"network": whole}, "whole model: times faster than eager")[0] == "1.5"
 
 
 def test_memory_is_held_against_eager_of_the_same_image(report):
+    def row(variant, network, peak, calls, growth, allocations):
+        return {
+            "variant": variant, "network": network, "size": "8x8", "peak MiB": peak,
+            "calls": calls, "late growth KiB": growth, "allocations per call": allocations,
+        }  # fmt: skip
+
     rows = [
-        {"variant": "eager", "image": "big", "peak MiB": 200.0, "growth KiB": 9},
-        {"variant": "frozen at 1", "image": "big", "peak MiB": 150.0, "growth KiB": 0},
-        {"variant": "frozen at 1", "image": "small", "peak MiB": 900.0, "growth KiB": 4},
+        row("eager", "big", 200.0, 10, 9, 5),
+        row("frozen at 1", "big", 150.0, 50, 0, 0.0),
+        row("frozen at 0.3", "big", 220.0, 50, 0, 2.0),
+        row("frozen at 0.3", "block", 300.0, 50, 70, 0.0),
+        row("frozen at 0.3", "small", 900.0, 10_000, 4, 0.0),
     ]
-    assert goal(report, {"memory": rows}, "peak memory") == ("0.75", "yes")
-    assert goal(report, {"memory": rows}, "growth") == ("0, 4", "no")
+    results = {"memory": rows}
+    assert goal(report, results, "peak memory") == ("0.75, 1.1", "missed")
+    assert goal(report, results, "warm call of a block") == ("0", "met")
+    assert goal(report, results, "warm call of a network") == ("0 to 2", "missed")
+    assert goal(report, results, "second half of 10000 calls") == ("4", "missed")
+    rows[4]["late growth KiB"] = 0
+    assert goal(report, results, "second half of 10000 calls") == ("0", "met")
+    rows[4]["calls"] = 9_000
+    assert goal(report, results, "second half of 9000 calls") == ("0", "-")
+    rows[3]["allocations per call"] = "not counted: no C++ compiler found"
+    assert goal(report, results, "warm call of a block") == ("not measured", "not measured")
 
 
 def test_what_was_not_measured_says_so(report):
     rows = report.reach_rows({"block": [{"ours ms": "no bfloat16", "realised/possible": "-"}]})
-    assert {(row["measured"], row["met"]) for row in rows} == {("not measured", "not measured")}
-    assert report.table({}, "block") == "Not measured: no block.json was given."
+    assert {(row["measured"], row["verdict"]) for row in rows} == {("not measured",) * 2}
+    assert report.table({}, "block") == "Not measured: there is no block.json with rows."
+
+
+def write(folder, name, rows, environment):
+    path = folder / f"{name}.json"
+    content = {"rows": rows, "environment": environment, "date": "today", "command": "python"}
+    path.write_text(json.dumps({**content, "stages": {"all": {"complete": False}}}))
+    return path
+
+
+def test_absent_files_are_said_and_nothing_else_happens(report, tmp_path, capsys):
+    path = write(tmp_path, "block", [{"planes": 64, "ours ms": 1.0}], {"CPU": "x"})
+    assert report.json_files([tmp_path]) == [path]
+    assert report.json_files([path, tmp_path / "network.json"]) == [path]
+    assert "network.json is not there" in capsys.readouterr().err
+    parts = report.sections([path], None)
+    assert "Not measured: there is no network.json" in parts["network"]
+    assert "- not measured: block-bfloat16.json, network.json" in parts["environment"]
+    assert "cut short: all" in parts["environment"]
+    assert report.sections([], None)["environment"].endswith("Not measured yet.")
+
+
+def test_different_environments_are_told_apart(report, tmp_path):
+    here = {"CPU": "x", "commit": "abc"}
+    files = [
+        write(tmp_path, "block", [{"planes": 64}], here),
+        write(tmp_path, "memory", [{"calls": 1, "variant": "eager"}], {**here, "commit": "def"}),
+    ]
+    text = report.sections(files, None)["environment"]
+    assert "- **memory.json** has commit: def" in text
+    assert "Not everything" not in report.sections(files[:1], None)["environment"]
+
+
+def test_a_page_is_not_filled_from_the_quick_form(report, tmp_path, monkeypatch):
+    write(tmp_path, "block", [{"planes": 64}], {"form": "quick: tiny shapes"})
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin reach -->\nold\n<!-- end reach -->\n")
+    monkeypatch.setattr(sys, "argv", ["report", "--json", str(tmp_path), "--into", str(page)])
+    with pytest.raises(SystemExit, match=r"rows are of the quick form.* without --quick"):
+        report.main()
+    write(tmp_path, "block", [{"planes": 64}], {"form": "full"})
+    report.main()
+    assert "asked" in page.read_text()
 
 
 def test_only_what_stands_between_marks_is_replaced(report):
@@ -68,9 +166,7 @@ def test_only_what_stands_between_marks_is_replaced(report):
 
 
 def test_the_page_has_a_mark_for_every_part(report, tmp_path):
-    content = {"rows": [{"planes": 64, "ours ms": 1.0}], "environment": {"CPU": "x"}}
-    path = tmp_path / "block.json"
-    path.write_text(json.dumps({**content, "date": "today", "command": "python"}))
+    path = write(tmp_path, "block", [{"planes": 64, "ours ms": 1.0}], {"CPU": "x"})
     page = (BENCH.parent / "docs" / "performance.md").read_text(encoding="utf-8")
     parts = report.sections([path], None)
     assert all(f"<!-- begin {name} -->" in page for name in parts)

@@ -70,6 +70,25 @@ def test_min_time_goes_on_until_every_candidate_had_it(clock):
     assert [row.num_samples for row in comparison.rows] == [10, 10]
 
 
+def test_number_of_samples_may_follow_from_the_warm_up_and_is_spread_evenly(clock):
+    calls = []
+    candidates = {
+        "slow": clock.candidate("slow", calls, [90.0, 30.0] + [30.0] * 2),
+        "fast": clock.candidate("fast", calls, [9.0, 10.0] + [10.0] * 6),
+    }
+    # The fastest of the warm-up: 30 ms and 9 ms.
+    comparison = measure_latency(candidates, repeats=lambda ms: 2 if ms > 20 else 6, warmup=2)
+    assert [row.num_samples for row in comparison.rows] == [2, 6]
+    # Rounds 3 and 6 of six; the sixth runs backwards.
+    names = [name for name, *_ in calls[4:]]
+    assert names == ["fast", "fast", "slow", "fast", "fast", "fast", "fast", "slow"]
+
+
+def test_repeats_from_the_warm_up_need_one():
+    with pytest.raises(ValueError, match=r"measure_latency: repeats .* warmup=0 .* required; pass"):
+        measure_latency(torch.sin, torch.zeros(1), repeats=lambda ms: 3, warmup=0)
+
+
 def test_lead_in_calls_precede_every_sample_and_are_not_counted(clock):
     calls = []
     # Warm-up, then twice: two lead-in calls and the sample.

@@ -1,5 +1,6 @@
 """Wall time of several callables on the same input, measured so that they can be compared."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -70,7 +71,7 @@ class LatencyComparison:
 def measure_latency(
     candidates: Mapping[str, Callable[..., Any]] | Callable[..., Any],
     *args: Any,
-    repeats: int = 20,
+    repeats: int | Callable[[float], int] = 20,
     warmup: int = 3,
     min_time_s: float = 0.0,
     lead_in: int = 0,
@@ -86,7 +87,9 @@ def measure_latency(
         candidates: callables by name, the baseline first; or a single one. Modules must be in eval
             mode.
         *args: what each is called with.
-        repeats: rounds at least, one sample of each candidate a round. Default 20.
+        repeats: rounds at least, one sample of each candidate a round. Default 20. Or what gives
+            the number of samples of a candidate from its fastest warm-up call in ms, so that slow
+            ones may have fewer: the samples of each are then spread evenly over all rounds.
         warmup: rounds thrown away beforehand: compilation, packing, caches. Default 3.
         min_time_s: go on until this many seconds were measured for every candidate. Default 0.
         lead_in: calls of a candidate right before each of its samples, not measured. Default 0. Use
@@ -97,8 +100,8 @@ def measure_latency(
         Median, inter-quartile range and number of samples of each, and its ratio to the first.
 
     Raises:
-        ValueError: no candidate, less than one repeat, negative warm-up or lead-in, or a module in
-            training mode.
+        ValueError: no candidate, less than one repeat, negative warm-up or lead-in, repeats that
+            follow from a warm-up of none, or a module in training mode.
 
     Example:
         >>> x = torch.zeros(8)
@@ -109,11 +112,17 @@ def measure_latency(
     if not isinstance(candidates, Mapping):
         name = getattr(candidates, "__name__", type(candidates).__name__)
         candidates = {name: candidates}
-    if not candidates or repeats < 1 or warmup < 0 or lead_in < 0:
+    fixed = repeats if isinstance(repeats, int) else None
+    if not candidates or (fixed is not None and fixed < 1) or warmup < 0 or lead_in < 0:
         raise ValueError(
             f"measure_latency: got {len(candidates)} candidates, repeats={repeats}, "
             f"warmup={warmup} and lead_in={lead_in}; at least one candidate, one repeat and no "
             "negative warm-up or lead-in are required; name what to measure, the baseline first."
+        )
+    if fixed is None and warmup == 0:
+        raise ValueError(
+            "measure_latency: repeats is a function of a candidate's time, but warmup=0 measures "
+            "none beforehand; at least one round is required; pass warmup=1 or a number."
         )
     for name, candidate in candidates.items():
         if isinstance(candidate, nn.Module):
@@ -121,10 +130,15 @@ def measure_latency(
     device = _device(candidates.values(), args)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.inference_mode():
+        fastest_ms = dict.fromkeys(candidates, math.inf)
         for _ in range(warmup):
-            for candidate in candidates.values():
-                _sample_ms(candidate, args, device)
-        for name in _turns(samples, repeats, min_time_s):
+            for name, candidate in candidates.items():
+                fastest_ms[name] = min(fastest_ms[name], _sample_ms(candidate, args, device))
+        counts = {
+            name: repeats if isinstance(repeats, int) else max(1, repeats(fastest_ms[name]))
+            for name in candidates
+        }
+        for name in _turns(samples, counts, min_time_s):
             for _ in range(lead_in):
                 _sample_ms(candidates[name], args, device)
             samples[name].append(_sample_ms(candidates[name], args, device))
@@ -133,13 +147,20 @@ def measure_latency(
     return LatencyComparison(rows, torch.get_num_threads(), device)
 
 
-def _turns(samples: Mapping[str, list[float]], repeats: int, min_time_s: float) -> Iterator[str]:
-    """Whose turn it is, until each had enough."""
+def _turns(
+    samples: Mapping[str, list[float]], counts: Mapping[str, int], min_time_s: float
+) -> Iterator[str]:
+    """Whose turn it is, until each had enough; those with fewer samples skip rounds evenly."""
     names = list(samples)
-    rounds = 0
-    while rounds < repeats or min(sum(times) for times in samples.values()) < min_time_s * 1e3:
-        yield from names if rounds % 2 == 0 else reversed(names)
-        rounds += 1
+    planned = max(counts.values())
+    done = 0
+    while done < planned or min(sum(times) for times in samples.values()) < min_time_s * 1e3:
+        for name in names if done % 2 == 0 else reversed(names):
+            # The count of samples due after a round grows by 0 or 1; past the plan all take part.
+            due = (done + 1) * counts[name] // planned - done * counts[name] // planned
+            if due or done >= planned:
+                yield name
+        done += 1
 
 
 def _sample_ms(candidate: Callable[..., Any], args: tuple, device: str) -> float:
