@@ -118,7 +118,7 @@ struct Mix {
   float weights[kMaxWindowTaps];
 };
 constexpr int kMixesAhead = 8;
-constexpr int64_t kPrefetchedBytes = 256;  // of a row; what follows is a stream of its own
+constexpr int64_t kPrefetchedBytes = 1024;  // of a row; what follows is a stream of its own
 
 static inline void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t at = 0; at < bytes && at < kPrefetchedBytes; at += 64)
@@ -135,6 +135,9 @@ static inline bool choose_mix(const FillCall& call, const int64_t* step, int64_t
   window_bits(call, y, x, words);
   mix->position = p;
   mix->count = 0;
+  if (call.residual)
+    prefetch_row(element_row(call.residual, p * call.residual_stride),
+                 call.channels * (int64_t)sizeof(Element));
   if (words[center >> 6] >> (center & 63) & 1) {
     mix->rows[0] = value_row(call, p);
     mix->weights[0] = 1.0f;

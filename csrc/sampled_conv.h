@@ -302,7 +302,7 @@ static void conv(const ConvCall& call, int64_t panel_begin, int64_t panel_end, i
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const Panel at = panel_at(g, panel);
       tile.first_channel = at.first_in;
-      tile.next_rows = !is_last && panel == panel_begin ? buffers[current] : nullptr;
+      tile.next_rows = call.sites && !is_last && panel == panel_begin ? buffers[current] : nullptr;
       for (int64_t half = 0; half < at.width; half += kColumns) {
         tile.packed = call.weight + panel * panel_floats + half;
         const int64_t next = panel + next_panels;
