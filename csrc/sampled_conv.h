@@ -48,8 +48,9 @@ static inline const Element* tap_row(const ConvCall& call, SiteOrigin o, int64_t
   return element_row(call.input, (y * g.width + x) * call.input_stride);
 }
 
-// What a tile draws towards the caches for whoever comes after it.
-enum class Ahead { nothing, rows, weights };
+// The tiles that share the drawing of the next weights: those of one panel may be half of L2, and
+// come from L3 at a third of the rate that they are used at.
+constexpr int64_t kDrawingTiles = 3;
 
 // One register tile: up to kRows sites, one half or whole panel.
 struct Tile {
@@ -63,12 +64,14 @@ struct Tile {
   // Rows of the tile after this one: sites are scattered, the hardware cannot guess. Or null.
   const Element* const* next_rows;
   // The weights that come after these, which would otherwise arrive from afar in the middle of the
-  // first tile that needs them. Or null.
+  // first tile that needs them, or null. Of the taps, numbered on through the panels, this tile
+  // draws every turns-th one, beginning at `turn`.
   const float* next_packed;
+  int64_t turn, turns;
 };
 
 // acc += rows[0..MR) (channels) x packed (channels x 32, this half)
-template <int MR, Ahead AHEAD>
+template <int MR, bool ROWS, bool WEIGHTS>
 static inline void accumulate(Vec (&acc)[MR][kVecs], const Element* const* rows,
                               const Element* const* next_rows, const float* packed,
                               const float* next_packed, int64_t channels) {
@@ -76,9 +79,9 @@ static inline void accumulate(Vec (&acc)[MR][kVecs], const Element* const* rows,
   for (int m = 0; m < MR; ++m) r[m] = rows[m];
   const int64_t units = channels / kUnit;
   for (int64_t u = 0; u < units; ++u) {
-    if (AHEAD == Ahead::rows && u % 16 == 0)
+    if (ROWS && u % 16 == 0)
       for (int m = 0; m < MR; ++m) __builtin_prefetch(next_rows[m] + u * kUnit);
-    if (AHEAD == Ahead::weights)
+    if (WEIGHTS)
       for (int line = 0; line < kColumns; line += 16)
         __builtin_prefetch(next_packed + u * kPanel + line, 0, 2);
     Vec w[kVecs];
@@ -139,16 +142,19 @@ static inline void conv_tile(const ConvCall& call, const Tile& tile) {
     const Element* rows[MR];
     for (int m = 0; m < MR; ++m) rows[m] = tile.rows[t * kRows + m] + tile.first_channel;
     const float* packed = tile.packed + t * tap_floats;
-    if (tile.next_rows) {
-      const Element* next[MR];
+    const Element* next[MR];
+    if (tile.next_rows)
       for (int m = 0; m < MR; ++m) next[m] = tile.next_rows[t * kRows + m] + tile.first_channel;
-      accumulate<MR, Ahead::rows>(acc, rows, next, packed, nullptr, tile.range);
-    } else if (tile.next_packed) {
-      accumulate<MR, Ahead::weights>(acc, rows, nullptr, packed, tile.next_packed + t * tap_floats,
-                                     tile.range);
-    } else {
-      accumulate<MR, Ahead::nothing>(acc, rows, nullptr, packed, nullptr, tile.range);
-    }
+    const float* next_packed = tile.next_packed + t * tap_floats;
+    const bool draws = tile.next_packed && (tile.turn + t) % tile.turns == 0;
+    if (tile.next_rows && draws)
+      accumulate<MR, true, true>(acc, rows, next, packed, next_packed, tile.range);
+    else if (tile.next_rows)
+      accumulate<MR, true, false>(acc, rows, next, packed, nullptr, tile.range);
+    else if (draws)
+      accumulate<MR, false, true>(acc, rows, nullptr, packed, next_packed, tile.range);
+    else
+      accumulate<MR, false, false>(acc, rows, nullptr, packed, nullptr, tile.range);
   }
   for (int m = 0; m < MR; ++m) {
     if (m >= tile.live) break;
@@ -286,12 +292,15 @@ static void conv(const ConvCall& call, int64_t panel_begin, int64_t panel_end, i
   Tile tile{};
   tile.taps = g.kernel_h * g.kernel_w;
   tile.range = g.in_channels / g.groups;
+  const int64_t tiles = (end - begin + kRows - 1) / kRows;
+  tile.turns = tiles < kDrawingTiles ? tiles : kDrawingTiles;
   const int64_t panel_floats = packed_offset(g, PackKind::panel, 1, kUnit);
   // After the last panels of all, somebody begins with the first ones again.
   const int64_t panels = panel_count(g, PackKind::panel);
   const int64_t next_panels = panel_end < panels ? panel_end - panel_begin : -panel_begin;
   for (int64_t first = begin; first < end; first += kRows) {
-    const bool is_last = first + kRows >= end;
+    const int64_t tiles_after = (end - first - 1) / kRows;
+    const bool is_last = tiles_after == 0;
     tile.live = live_rows(end - first);
     tile.rows = buffers[current];
     tile.in_row = in_rows[current];
@@ -306,8 +315,10 @@ static void conv(const ConvCall& call, int64_t panel_begin, int64_t panel_end, i
       for (int64_t half = 0; half < at.width; half += kColumns) {
         tile.packed = call.weight + panel * panel_floats + half;
         const int64_t next = panel + next_panels;
-        tile.next_packed =
-            is_last && next < panels ? call.weight + next * panel_floats + half : nullptr;
+        tile.next_packed = tiles_after < tile.turns && next < panels
+                               ? call.weight + next * panel_floats + half
+                               : nullptr;
+        tile.turn = (panel - panel_begin) * tile.taps + tiles_after;
         tile.bias = call.bias ? call.bias + panel * kPanel + half : nullptr;
         tile.column = at.first_out + half;
         tile.left = at.width - half;
