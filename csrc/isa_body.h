@@ -15,6 +15,7 @@ namespace SPARSIGHT_ISA {
 #include "bilinear_gather.h"
 #include "interpolate.h"
 #include "heads.h"
+#include "max_pool.h"
 #if !defined(SPARSIGHT_BFLOAT16)
 #include "soft_interpolate.h"
 #endif
@@ -31,6 +32,7 @@ static const KernelTable table = {
     gather,
     heads,
     fill,
+    max_rows,
 #if !defined(SPARSIGHT_BFLOAT16)
     soft_fill,
     soft_fill_backward_rows,

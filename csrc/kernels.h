@@ -142,6 +142,9 @@ struct KernelTable {
   void (*gather)(const GatherCall&, int64_t begin, int64_t end);
   void (*heads)(const HeadCall&, int64_t begin, int64_t end);
   void (*fill)(const FillCall&, int64_t begin, int64_t end);
+  // Largest of `count` rows, channel by channel; float_output as in ConvCall.
+  void (*max_rows)(const void* const* rows, int count, int64_t channels, void* out,
+                   bool float_output);
   // Training is float32: null in the other tables.
   void (*soft_fill)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
   void (*soft_fill_backward_rows)(const SoftFillCall&, int64_t row_begin, int64_t row_end);

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int kMaxMasks = 3;
 constexpr int64_t kStreamedBytes = 16 << 20;
+// Of a convolution's rows that wait for their pooling: with its weights, less than L2.
+constexpr int64_t kPoolingBytes = 640 << 10;
 
 enum Slot {
   kZeroRow = 8,
@@ -30,6 +32,7 @@ enum Slot {
   kMerged,
   kOffsets,
   kEveryPosition,
+  kPooled,
   kMixed
 };
 
@@ -418,6 +421,61 @@ struct Runner {
     run_deform_conv(table, gather, call, mask.count, threads);
   }
 
+  // A convolution and the max pooling after it, a few rows at a time: the map between them stays
+  // near the core. Each worker pools a range of rows; what two of them need is computed by both.
+  void run_pooled(ConvCall call, int64_t image) {
+    const ConvGeometry& g = call.geometry;
+    const int64_t pool_h = a.spec[kPoolH], pool_w = a.spec[kPoolW];
+    const int64_t stride_h = a.spec[kPoolStrideH], stride_w = a.spec[kPoolStrideW];
+    const int64_t pad_h = a.spec[kPoolPadH], pad_w = a.spec[kPoolPadW];
+    const int64_t height = out_size(g.out_height, pool_h, stride_h, pad_h, 1);
+    const int64_t width = out_size(g.out_width, pool_w, stride_w, pad_w, 1);
+    const int64_t row_bytes = g.out_width * g.out_channels * table.element_size;
+    const int64_t step = std::max<int64_t>(1, (kPoolingBytes / row_bytes - pool_h) / stride_h);
+    const int64_t kept_rows = (step - 1) * stride_h + pool_h;
+    const int64_t output_size = a.float_output ? sizeof(float) : table.element_size;
+    char* output =
+        static_cast<char*>(a.output) + image * height * width * g.out_channels * output_size;
+    const int64_t panels = panel_count(g, call.kind);
+    parallel_ranges(threads, height, [&](int64_t begin, int64_t end) {
+      char* rows = thread_scratch().get<char>(kPooled, kept_rows * row_bytes);
+      ConvCall part = call;
+      int64_t done = 0;  // rows of the convolution before this one are computed
+      int64_t first_kept = 0;
+      for (int64_t y = begin; y < end; y += step) {
+        const int64_t last = std::min(end, y + step);
+        const int64_t from = std::max<int64_t>(0, y * stride_h - pad_h);
+        const int64_t to = std::min(g.out_height, (last - 1) * stride_h - pad_h + pool_h);
+        if (done > from)
+          std::memmove(rows, rows + (from - first_kept) * row_bytes, (done - from) * row_bytes);
+        done = std::max(done, from);
+        first_kept = from;
+        // Rows are numbered on through the map: the buffer begins with row `from`.
+        part.output = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(rows) - from * row_bytes);
+        if (done < to) table.conv(part, 0, panels, done * g.out_width, to * g.out_width);
+        done = std::max(done, to);
+        for (int64_t py = y; py < last; ++py)
+          for (int64_t px = 0; px < width; ++px) {
+            const void* window[kMaxTaps];
+            int count = 0;
+            for (int64_t ky = 0; ky < pool_h; ++ky) {
+              const int64_t cy = py * stride_h - pad_h + ky;
+              if (cy < 0 || cy >= g.out_height) continue;
+              for (int64_t kx = 0; kx < pool_w; ++kx) {
+                const int64_t cx = px * stride_w - pad_w + kx;
+                if (cx < 0 || cx >= g.out_width) continue;
+                window[count++] =
+                    rows + (cy - from) * row_bytes + cx * g.out_channels * table.element_size;
+              }
+            }
+            table.max_rows(window, count, g.out_channels,
+                           output + (py * width + px) * g.out_channels * output_size,
+                           a.float_output);
+          }
+      }
+    });
+  }
+
   void run_image(int64_t image) {
     const int64_t stages = a.spec[kNumStages];
     const void* block_input = image_of(a.x, image * a.height * a.width * a.spec[kInChannels]);
@@ -459,6 +517,12 @@ struct Runner {
       const int64_t output_size = a.float_output ? sizeof(float) : table.element_size;
       char* image_output = static_cast<char*>(a.output) + image * map * output_size;
       const void* shortcut = a.shortcut ? image_of(a.shortcut, image * map) : nullptr;
+      if (a.spec[kPoolH]) {
+        call.relu = stage[kStageRelu];
+        call.compact_output = false;
+        run_pooled(call, image);
+        return;
+      }
       if (last && mask.full()) {
         call.output = image_output;
         call.float_output = a.float_output;

@@ -21,9 +21,15 @@ enum HeaderField {
   kNumMasks,
   kNumStages,
   kReluOut,
-  kHeadWeight,    // offset of the packed heads
-  kRowMerge,      // 1: the only stage reads a kernel row as one run of channels, see merge_rows
-  kHeadCount,     // their columns: 9 for each mask with a head
+  kHeadWeight,  // offset of the packed heads
+  kRowMerge,    // 1: the only stage reads a kernel row as one run of channels, see merge_rows
+  kHeadCount,   // their columns: 9 for each mask with a head
+  kPoolH,       // window of the max pooling after the only stage, which has no mask; 0: none
+  kPoolW,
+  kPoolStrideH,
+  kPoolStrideW,
+  kPoolPadH,
+  kPoolPadW,
   kUnitChannels,  // channels of a unit of the packed weights: 1 of float32, 2 of bfloat16
   kHeaderFields
 };

@@ -89,6 +89,11 @@ static inline Vec mul(Vec a, Vec b) {
 static inline Vec relu(Vec a) {
   return {_mm512_max_ps(_mm512_setzero_ps(), a.v)};
 }
+// The larger one, NaN where either is.
+static inline Vec larger(Vec a, Vec b) {
+  return {
+      _mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
+}
 
 #elif defined(SPARSIGHT_AVX2)
 
@@ -130,6 +135,9 @@ static inline Vec mul(Vec a, Vec b) {
 static inline Vec relu(Vec a) {
   return {_mm256_max_ps(_mm256_setzero_ps(), a.v)};
 }
+static inline Vec larger(Vec a, Vec b) {
+  return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
 
 #else
 
@@ -160,6 +168,9 @@ static inline Vec mul(Vec a, Vec b) {
 }
 static inline Vec relu(Vec a) {
   return {a.v < 0.0f ? 0.0f : a.v};
+}
+static inline Vec larger(Vec a, Vec b) {
+  return {a.v != a.v || a.v > b.v ? a.v : b.v};
 }
 
 #endif

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from sparsight.convert.fold import fold_norms, fuse_relus
+from sparsight.convert.fold import fold_norms, fuse_pools, fuse_relus
 
 
 class Net(nn.Module):
@@ -113,3 +113,36 @@ def test_an_activation_read_before_the_convolution_was_done_with_is_kept() -> No
 
     net = Activated(use, inplace=False).eval()
     assert fuse_relus(net, torch.randn(1, 3, 9, 9)) == []
+
+
+class Pooled(nn.Module):
+    def __init__(self, use) -> None:
+        super().__init__()
+        self.conv, self.pool, self.use = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), use
+
+    def forward(self, x):
+        return self.use(self, x)
+
+
+def fused_pools(use, allowed=lambda name, pool: True) -> dict:
+    net = Pooled(use).eval().requires_grad_(False)
+    pool = net.pool
+    found = fuse_pools(net, torch.randn(1, 3, 9, 9), allowed=allowed)
+    assert isinstance(net.pool, nn.Identity) == bool(found)
+    assert all(taken is pool for taken in found.values())
+    return found
+
+
+def test_a_pooling_that_alone_reads_the_convolution_is_taken_out() -> None:
+    assert list(fused_pools(lambda n, x: n.pool(n.conv(x)))) == ["conv"]
+
+
+def test_a_pooling_that_is_not_alone_or_not_allowed_stays() -> None:
+    def beside(n, x):
+        y = n.conv(x)
+        return n.pool(y).sum() + y.sum()
+
+    assert fused_pools(beside) == {}
+    assert fused_pools(lambda n, x: n.pool(n.conv(x).relu())) == {}
+    assert fused_pools(lambda n, x: n.pool(n.pool(n.conv(x)))) == {}
+    assert fused_pools(lambda n, x: n.pool(n.conv(x)), lambda name, pool: False) == {}

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsight.convert.find import has_hooks
 from sparsight.nn.frozen_block import fold_norm
 
-__all__ = ["fold_norms", "fuse_relus"]
+__all__ = ["fold_norms", "fuse_pools", "fuse_relus"]
 
 _TAG = "_sparsight_producer"
 
@@ -143,6 +143,32 @@ def fuse_relus(model: nn.Module, example: Any, *, among: Container[str] | None =
     for _, relu_name in pairs:
         _remove(model, relu_name)
     return [conv_name for conv_name, _ in pairs]
+
+
+def fuse_pools(
+    model: nn.Module, example: Any, *, allowed: Callable[[str, nn.MaxPool2d], bool]
+) -> dict[str, nn.MaxPool2d]:
+    """Take out, in place, every `nn.MaxPool2d` that alone reads the output of a dense convolution.
+
+    Args:
+        model: in eval mode, its norms folded and its activations fused; changed: it misses these
+            poolings afterwards.
+        example: what the model takes as its one argument.
+        allowed: whether the convolution of that name can pool in its stead.
+
+    Returns:
+        The pooling that was taken out, by the name of the convolution that is to do it.
+    """
+    pools = {}
+    for conv_name, pool_name in _sole_readers(
+        model, example, lambda module: type(module) is nn.MaxPool2d
+    ):
+        pool = model.get_submodule(pool_name)
+        assert isinstance(pool, nn.MaxPool2d)
+        if allowed(conv_name, pool):
+            pools[conv_name] = pool
+            _remove(model, pool_name)
+    return pools
 
 
 def _remove(model: nn.Module, name: str) -> None:

@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 from sparsight.convert.choose import Choose, faster_dense, told_forms
 from sparsight.convert.find import ConversionError, has_hooks
-from sparsight.convert.fold import fold_norms, fuse_relus
+from sparsight.convert.fold import fold_norms, fuse_pools, fuse_relus
 from sparsight.convert.map_dtypes import keep_maps_narrow
 from sparsight.nn.frozen_block import Form, FrozenBlock, FrozenSampler, refusal
-from sparsight.nn.frozen_conv import FrozenConv2d, refusal_of_conv
+from sparsight.nn.frozen_conv import FrozenConv2d, refusal_of_conv, refusal_of_pool
 from sparsight.nn.sampled_block import SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
 from sparsight.ops import cpu
@@ -200,7 +200,7 @@ def _take_faster(
 def _freeze_dense(
     model: nn.Module, kept: set[nn.Module], example: Any, dtype: torch.dtype
 ) -> nn.Module:
-    """Pack the dense convolutions, each with the ReLU that alone reads it."""
+    """Pack the dense convolutions, each with the ReLU and the max pooling that alone read it."""
     convs = {
         name: module
         for name, module in model.named_modules()
@@ -211,10 +211,15 @@ def _freeze_dense(
     }
     # Only of those that will be replaced: an activation taken from another would be lost.
     clamped = fuse_relus(model, example, among=convs)
+    pools = fuse_pools(
+        model,
+        example,
+        allowed=lambda name, pool: name in convs and refusal_of_pool(convs[name], pool) is None,
+    )
     return _replace(
         model,
         {
-            conv: FrozenConv2d(conv, relu=name in clamped, dtype=dtype)
+            conv: FrozenConv2d(conv, relu=name in clamped, pool=pools.get(name), dtype=dtype)
             for name, conv in convs.items()
         },
     )

@@ -211,7 +211,7 @@ class _Tally:
                 macs = convolution_macs(module.head, out.mask.numel())
                 self.add(LayerMacs(name, "Sampler", 0, macs))
         elif frame.declared:
-            macs = convolution_macs(module.source_conv, out.numel() // out.shape[1])
+            macs = convolution_macs(module.source_conv, module.positions(args[0]))
             self.add(LayerMacs(frame.name, "Conv2d", macs, macs))
 
 

@@ -1,5 +1,7 @@
 """The inference form of a dense convolution: packed weights, activation in the last store."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -7,14 +9,23 @@ from torch import Tensor, nn
 from sparsight.ops import block as block_ops
 from sparsight.ops import cpu
 
-__all__ = ["FrozenConv2d", "check_features", "dtype_note", "padding_of", "refusal_of_conv"]
+__all__ = [
+    "FrozenConv2d",
+    "check_features",
+    "dtype_note",
+    "padding_of",
+    "refusal_of_conv",
+    "refusal_of_pool",
+]
+
+_MAX_POOLED_WEIGHTS = 1 << 16
 
 
 class FrozenConv2d(nn.Module):
     """A dense convolution for inference on the CPU, with the kernel of the sampled ones.
 
     torch's own convolution repacks its weight at every call, and reads and writes the map once more
-    for the activation after it. Made by :func:`sparsight.freeze`.
+    for the activation and once for the pooling after it. Made by :func:`sparsight.freeze`.
 
     Attributes:
         source_conv: the convolution's shape, on no device: what `measure` counts.
@@ -26,6 +37,7 @@ class FrozenConv2d(nn.Module):
     Args:
         conv: a plain convolution, norm folded in already; not changed.
         relu: whether a ReLU follows.
+        pool: the max pooling that follows, or None; only one that `refusal_of_pool` lets pass.
         dtype: see attributes.
     """
 
@@ -33,10 +45,17 @@ class FrozenConv2d(nn.Module):
     spec: Tensor
 
     def __init__(
-        self, conv: nn.Conv2d, *, relu: bool = False, dtype: torch.dtype = torch.float32
+        self,
+        conv: nn.Conv2d,
+        *,
+        relu: bool = False,
+        pool: nn.MaxPool2d | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         reason = refusal_of_conv(conv)
+        if reason is None and pool is not None:
+            reason = refusal_of_pool(conv, pool)
         if reason is not None:
             raise ValueError(
                 f"FrozenConv2d: the convolution cannot be frozen because {reason}; "
@@ -53,7 +72,8 @@ class FrozenConv2d(nn.Module):
             dilation=(conv.dilation[0], conv.dilation[1]),
             groups=conv.groups,
         )
-        params, spec = block_ops.pack_block([], [stage], relu=relu, dtype=dtype)
+        self.pool = None if pool is None else _pool_spec(pool)
+        params, spec = block_ops.pack_block([], [stage], relu=relu, dtype=dtype, pool=self.pool)
         self.register_buffer("params", params)
         self.register_buffer("spec", spec)
         self.relu = relu
@@ -85,6 +105,12 @@ class FrozenConv2d(nn.Module):
                 f"FrozenConv2d: a {x.shape[2]}x{x.shape[3]} input is smaller than the kernel "
                 f"{self.shape.kernel_size} with its padding; use a larger input."
             )
+        size = size if self.pool is None else self.pool.output_size(size)
+        if min(size) < 1:
+            raise ValueError(
+                f"FrozenConv2d: a {x.shape[2]}x{x.shape[3]} input leaves nothing of the pooling "
+                f"after it, {self.pool}; use a larger input."
+            )
         out, _, _ = block_ops.sampled_block(
             x.to(self.dtype),
             None,
@@ -101,7 +127,15 @@ class FrozenConv2d(nn.Module):
     def extra_repr(self) -> str:
         """What was packed, for repr."""
         settings = self.settings + (", relu=True" if self.relu else "")
+        if self.pool is not None:
+            settings += f", max_pool={self.pool.kernel_size}, pool_stride={self.pool.stride}"
+            settings += f", pool_padding={self.pool.padding}"
         return settings + dtype_note(self.dtype, self.output_dtype)
+
+    def positions(self, x: Tensor) -> int:
+        """Output positions of the convolution itself, over the batch, for `measure`."""
+        (size,) = block_ops.block_sizes([self.shape], (x.shape[2], x.shape[3]))
+        return x.shape[0] * size[0] * size[1]
 
 
 def dtype_note(dtype: torch.dtype, output_dtype: torch.dtype) -> str:
@@ -145,6 +179,30 @@ def check_features(layer: str, x: Tensor, in_channels: int, dtype: torch.dtype) 
             f"{layer}: a gradient is asked for, but a frozen model is for inference; call it under "
             "torch.inference_mode(), and train the converted model."
         )
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _pool_spec(pool: nn.MaxPool2d) -> block_ops.PoolSpec:
+    return block_ops.PoolSpec(_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding))
+
+
+def refusal_of_pool(conv: nn.Conv2d, pool: nn.MaxPool2d) -> str | None:
+    """Why a max pooling cannot be computed in the call of the convolution before it, or None.
+
+    A convolution of many weights would read them anew for every few rows: it stays by itself.
+    """
+    if pool.ceil_mode or pool.return_indices or _pair(pool.dilation) != (1, 1):
+        return "its pooling has ceil_mode, return_indices or a dilation"
+    if any(2 * p > k for p, k in zip(_pair(pool.padding), _pair(pool.kernel_size), strict=True)):
+        return "its pooling pads by more than half a window"
+    if math.prod(_pair(pool.kernel_size)) > cpu.MAX_TAPS:
+        return f"its pooling window has more than {cpu.MAX_TAPS} positions"
+    if conv.weight.numel() > _MAX_POOLED_WEIGHTS:
+        return "it has too many weights to read them for every few rows that are pooled"
+    return None
 
 
 def refusal_of_conv(conv: nn.Conv2d) -> str | None:

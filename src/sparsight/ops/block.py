@@ -63,6 +63,19 @@ class OffsetSpec:
 
 
 @dataclass(frozen=True)
+class PoolSpec:
+    """The max pooling after a dense convolution: window, step and padding as in nn.MaxPool2d."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the pooled map."""
+        return output_size(size, self.kernel_size, self.stride, self.padding, (1, 1))
+
+
+@dataclass(frozen=True)
 class StageSpec:
     """One convolution of a block.
 
@@ -140,6 +153,7 @@ def pack_block(
     *,
     relu: bool,
     dtype: torch.dtype = torch.float32,
+    pool: PoolSpec | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write a block down for `sampled_block`.
 
@@ -150,6 +164,7 @@ def pack_block(
         relu: whether ReLU follows the residual addition.
         dtype: of the maps between the convolutions and of the weights and heads: torch.float32, or
             torch.bfloat16 (sums are float32). With bfloat16, heads need an even number of channels.
+        pool: follows the only stage, which has no mask.
 
     Returns:
         params, a flat float32 tensor (bit patterns where two bfloat16 share a float), and spec, a
@@ -181,7 +196,9 @@ def pack_block(
         head_at = store(packed)
     spec = [_kernels.SPEC_VERSION, in_channels, len(masks), len(stages), int(relu)]
     merge = not masks and len(stages) == 1 and merges_rows(first)
-    spec += [head_at, int(merge), 9 * len(heads), _unit(dtype)]
+    assert pool is None or (not masks and len(stages) == 1)
+    pooling = [0] * 6 if pool is None else [*pool.kernel_size, *pool.stride, *pool.padding]
+    spec += [head_at, int(merge), 9 * len(heads), *pooling, _unit(dtype)]
     column = 0
     sets: list[int] = []
     sets_at = len(spec) + len(masks) * _kernels.MASK_FIELDS + len(stages) * _kernels.STAGE_FIELDS
