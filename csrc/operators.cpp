@@ -115,8 +115,17 @@ void make_bit_map(const uint8_t* mask, int64_t height, int64_t width, int64_t wi
   for (int64_t y = 0; y < height; ++y) {
     uint8_t* row = bits + (y + radius) * stride;
     const uint8_t* source = mask + y * width;
-    for (int64_t x = 0; x < width; ++x)
-      row[(x + radius) >> 3] |= static_cast<uint8_t>((source[x] != 0) << ((x + radius) & 7));
+    for (int64_t x = 0; x < width; x += 8) {
+      uint64_t bytes = 0;
+      std::memcpy(&bytes, source + x, std::min<int64_t>(8, width - x));
+      // 1 for every byte that is not 0; then the product has them in its top byte, in order.
+      constexpr uint64_t low = 0x7f7f7f7f7f7f7f7f, ones = 0x0101010101010101;
+      bytes = ((((bytes & low) + low) | bytes) >> 7) & ones;
+      const uint64_t bits = bytes * 0x0102040810204080 >> 56 << ((x + radius) & 7);
+      uint8_t* at = row + ((x + radius) >> 3);
+      at[0] |= static_cast<uint8_t>(bits);
+      at[1] |= static_cast<uint8_t>(bits >> 8);
+    }
   }
 }
 
