@@ -49,9 +49,10 @@ LANE_WIDTHS = (1, 2, 4, 8, 16)
 
 # Against `rounded_block`, float32 sums tip a value over to the next bfloat16 now and then: a step
 # of up to 2^-7 of it, and what was summed of such. In the root of mean squares they are few, where
-# a rounding left out or doubled is 2^-9.4: most are means of two sites, which lie half-way between
-# two bfloat16 every other time.
-RELATIVE_NORM = 2.0**-10
+# a rounding left out or doubled is 2^-9.4. They are more where the output is rounded and most
+# holes are means of a few sites: half-way between two bfloat16 every other time.
+RELATIVE_NORM = 2.0**-11
+RELATIVE_NORM_OF_MEANS = 2.0**-10
 RELATIVE_MAX = 2.0**-6
 # Of the nearest site's weight: what weighs less is not read (csrc/kernels.h).
 NEGLIGIBLE = 2.0**-12
@@ -140,13 +141,16 @@ def fill(x: Tensor, mask: Tensor, spec: MaskSpec, negligible: float) -> Tensor:
     return torch.where(mask, x, mixed)
 
 
-def check_narrow(actual: Tensor, truth: Tensor, note: object = "") -> None:
+def check_narrow(
+    actual: Tensor, truth: Tensor, note: object = "", bound: float = RELATIVE_NORM
+) -> None:
     """Raise AssertionError unless `actual` is `truth` up to a few steps of bfloat16.
 
     Args:
         actual: what the kernel made, of either dtype.
         truth: of `rounded_block`, rounded where `actual` is.
         note: the case, for the message.
+        bound: of the norm of the error, relative to that of `truth`.
     """
     assert actual.shape == truth.shape, f"shape {actual.shape} != {truth.shape}, {note}"
     assert actual.isfinite().all(), f"{int((~actual.isfinite()).sum())} not finite, {note}"
@@ -156,7 +160,7 @@ def check_narrow(actual: Tensor, truth: Tensor, note: object = "") -> None:
         assert error.norm() == 0, f"not zero, {note}"
         return
     # In a map of a few values one of them may be a step off.
-    bound = RELATIVE_NORM + RELATIVE_MAX / math.sqrt(truth.numel())
+    bound += RELATIVE_MAX / math.sqrt(truth.numel())
     assert norm <= bound, f"norm of the error {norm:.3g} over its bound, {note}"
     assert most <= RELATIVE_MAX, f"largest error {most:.3g} over its bound, {note}"
 
@@ -297,7 +301,7 @@ def test_every_kind_of_fill_is_rounded_once(name, output_dtype, draw):
         given = blocks.given_masks(packed, x, d, density)
         out, _, _ = run(packed, x, given, output_dtype)
         truth = as_output(truth_of(packed, x, given), output_dtype)
-        check_narrow(out, truth, f"{name}, density {density}")
+        check_narrow(out, truth, f"{name}, density {density}", RELATIVE_NORM_OF_MEANS)
 
 
 @pytest.mark.parametrize("kind", blocks.KINDS)
