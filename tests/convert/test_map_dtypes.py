@@ -85,9 +85,13 @@ CASES = {
     "global pooling": (lambda n, x: n.b(F.adaptive_avg_pool2d(n.a(x), 1)), set()),
     "mean": (lambda n, x: n.b(n.a(x)).mean((2, 3)), {"a"}),
     "concatenation": (lambda n, x: n.d(torch.cat([n.a(x), n.b(n.a(x))], 1)), {"a", "b"}),
+    "concatenation with what is wide": (
+        lambda n, x: n.d(torch.cat([n.a(x), n.b(n.a(x)).sigmoid()], 1)),
+        {"a"},
+    ),
     "concatenation with the input": (
-        lambda n, x: n.d(torch.cat([n.a(x)] + 5 * [x], 1)[:, :16]),
-        set(),
+        lambda n, x: n.d(torch.cat([n.a(x), x, x, x[:, :2]], 1)),
+        {"a"},
     ),
     "a sum outside": (lambda n, x: n.c(n.a(x) + n.b(n.a(x))), {"a", "b"}),
     "a sum in place": (sums_in_place, {"a", "b"}),

@@ -181,6 +181,12 @@ def make_whole(kind, layout, draw, sampler=None):
     whole pixels, and the factors of modulation are a half.
     """
     block = blocks.make(kind, layout, ZeroFill, sampler=sampler).block
+    make_weights_whole(block, draw)
+    return blocks.Packed(block, with_heads=sampler is not None, dtype=NARROW)
+
+
+def make_weights_whole(block: nn.Module, draw) -> None:
+    """Of a block with or without heads; see `make_whole`."""
     with torch.no_grad():
         for module in block.modules():
             if isinstance(module, nn.Conv2d):
@@ -195,7 +201,6 @@ def make_whole(kind, layout, draw, sampler=None):
             offset.bias[moves:] = 0.0
             if block.conv2.is_guided:
                 offset.weight[torch.arange(moves), torch.arange(moves) % 3, 1, 1] = 0.25
-    return blocks.Packed(block, with_heads=sampler is not None, dtype=NARROW)
 
 
 def whole_features(packed, draw, size=(9, 7), batch=2) -> Tensor:
@@ -425,14 +430,19 @@ def test_one_hot_features_read_the_rounded_weight_back(in_channels, out_channels
 def test_grouped_weights_are_read_back_those_in_lanes_unrounded(
     groups, in_per_group, out_per_group, draw
 ):
+    check_weights_are_read_back(draw(0), groups, in_per_group, out_per_group)
+
+
+def check_weights_are_read_back(draw, groups: int, in_per_group: int, out_per_group: int) -> None:
     in_channels, out_channels = groups * in_per_group, groups * out_per_group
-    weight, bias = draw(0).normal(out_channels, in_per_group, 1, 1), torch.zeros(out_channels)
+    weight, bias = draw.normal(out_channels, in_per_group, 1, 1), torch.zeros(out_channels)
     x = torch.eye(in_channels).view(1, in_channels, 1, in_channels)
     out = run_single(single(weight, bias, groups), x, out_channels)
     if not in_lanes(StageSpec(weight, bias, 0, False, groups=groups)):
         weight = to_bfloat16(weight)
     dense = torch.block_diag(*weight[:, :, 0, 0].split(out_per_group))
-    assert torch.equal(out[0, :, 0, :], dense)
+    note = f"{groups} groups of {in_per_group} to {out_per_group} channels"
+    assert torch.equal(out[0, :, 0, :], dense), f"over its bound of nothing: {note}"
 
 
 @pytest.mark.parametrize("value", [1.00390625, 1.01171875, -(2.0**-130), 3.4e38, 1e-45, torch.inf])
