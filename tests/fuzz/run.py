@@ -37,12 +37,12 @@ from sparsight.nn import (
 from sparsight.nn.frozen_block import FrozenBlock
 from sparsight.ops import cpu, reference
 
-OPS_TESTS = Path(__file__).resolve().parents[1] / "ops"
+TESTS = Path(__file__).resolve().parents[1]
 
 
-def load(name: str) -> ModuleType:
-    """A module of the ops tests, which are no package."""
-    spec = importlib.util.spec_from_file_location(f"ops_{name}", OPS_TESTS / f"{name}.py")
+def load(name: str, folder: Path) -> ModuleType:
+    """A module of the tests, which are no package."""
+    spec = importlib.util.spec_from_file_location(f"{folder.name}_{name}", folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -50,9 +50,9 @@ def load(name: str) -> ModuleType:
     return module
 
 
-shared = load("conftest")
-blocks = load("test_block")
-narrow = load("test_block_bfloat16")
+shared = load("conftest", TESTS / "ops")
+blocks = load("test_block", TESTS / "ops")
+narrow = load("test_bfloat16", TESTS)
 
 
 def fuzz_convolution(draw) -> str:

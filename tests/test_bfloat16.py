@@ -1,4 +1,4 @@
-"""sampled_block in bfloat16: every map is rounded once, and what is summed is summed in float32.
+"""Frozen layers in bfloat16: every map is rounded once, and what is summed is summed in float32.
 
 The truth is `rounded_block`, the packed block in float64 with the rounding where the kernels have
 theirs. On whole numbers float32 sums are exact, and the two must be equal.
@@ -27,10 +27,10 @@ from sparsight.ops import cpu, reference
 from sparsight.ops.block import MaskSpec, OffsetSpec, StageSpec, pack_block
 
 
-def load_test_block() -> ModuleType:
-    """The float32 tests beside this file: tests are no package."""
-    path = Path(__file__).with_name("test_block.py")
-    spec = importlib.util.spec_from_file_location("ops_test_block", path)
+def load(name: str) -> ModuleType:
+    """A module of the ops tests, which are no package."""
+    path = Path(__file__).parent / "ops" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"ops_{name}", path)
     assert spec is not None and spec.loader is not None
     if spec.name not in sys.modules:
         sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -38,7 +38,9 @@ def load_test_block() -> ModuleType:
     return sys.modules[spec.name]
 
 
-blocks = load_test_block()
+blocks, shared = load("test_block"), load("conftest")
+draw, layouts, is_intact = shared.draw, shared.layouts, shared.is_intact
+rbf_log_kernel = shared.rbf_log_kernel
 
 pytestmark = pytest.mark.skipif(
     not cpu.has_bfloat16(), reason="this CPU or this build has no AVX-512 BF16 instructions"
