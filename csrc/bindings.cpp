@@ -110,12 +110,17 @@ const KernelTable& table_of(const int64_t* spec, const std::string& isa) {
   return *table;
 }
 
-int64_t sampled_block(uintptr_t x, bool planar, uintptr_t shortcut, std::vector<uintptr_t> noise,
-                      std::vector<uintptr_t> given, uintptr_t params, uintptr_t spec, int64_t batch,
-                      int64_t height, int64_t width, uintptr_t output, uintptr_t masks,
-                      uintptr_t logits, bool float_output, const std::string& isa,
-                      int num_threads) {
+int64_t sampled_block(uintptr_t x, int64_t element_size, bool planar, uintptr_t shortcut,
+                      std::vector<uintptr_t> noise, std::vector<uintptr_t> given, uintptr_t params,
+                      uintptr_t spec, int64_t batch, int64_t height, int64_t width,
+                      uintptr_t output, uintptr_t masks, uintptr_t logits, bool float_output,
+                      const std::string& isa, int num_threads) {
   const KernelTable& table = table_of(ptr<const int64_t>(spec), isa);
+  // The one thing that Python cannot see without reading the spec.
+  if (element_size != table.element_size)
+    throw nb::type_error(
+        "sampled_block: the dtype of x is not the one that the block was packed for "
+        "(pack_block's dtype); convert x to that.");
   nb::gil_scoped_release release;
   std::vector<const float*> noise_maps;
   std::vector<const uint8_t*> given_maps;

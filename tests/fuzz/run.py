@@ -8,7 +8,9 @@ Case number n is a convolution, an interpolation or a block (deformable or not),
 (seed, n) alone: shape, stride, dilation, groups, density, layout and alignment of the inputs. Every
 instruction set of this machine runs it on one thread, within the bound of the table in
 tests/ops/conftest.py, and on two threads, bit for bit the same. Outputs start as NaN between
-guards. Exits with 1 at the first miss.
+guards. Where the CPU has bfloat16 instructions, cases are also bfloat16 blocks, half of them of
+whole numbers that must be exact, and bfloat16 weights read back from a packed convolution. Exits
+with 1 at the first miss.
 """
 
 import argparse
@@ -35,12 +37,12 @@ from sparsight.nn import (
 from sparsight.nn.frozen_block import FrozenBlock
 from sparsight.ops import cpu, reference
 
-OPS_TESTS = Path(__file__).resolve().parents[1] / "ops"
+TESTS = Path(__file__).resolve().parents[1]
 
 
-def load(name: str) -> ModuleType:
-    """A module of the ops tests, which are no package."""
-    spec = importlib.util.spec_from_file_location(f"ops_{name}", OPS_TESTS / f"{name}.py")
+def load(name: str, folder: Path) -> ModuleType:
+    """A module of the tests, which are no package."""
+    spec = importlib.util.spec_from_file_location(f"{folder.name}_{name}", folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -48,8 +50,9 @@ def load(name: str) -> ModuleType:
     return module
 
 
-shared = load("conftest")
-blocks = load("test_block")
+shared = load("conftest", TESTS / "ops")
+blocks = load("test_block", TESTS / "ops")
+narrow = load("test_bfloat16", TESTS)
 
 
 def fuzz_convolution(draw) -> str:
@@ -109,10 +112,11 @@ def fuzz_interpolation(draw) -> str:
     return "interpolation"
 
 
-def draw_block(draw) -> tuple[SampledBlock, str]:
+def draw_block(draw, fills=None) -> tuple[SampledBlock, str]:
     """A residual block of torchvision without norms, converted, its masks given.
 
-    One in three has a conv2 whose taps move, by about two pixels.
+    One in three has a conv2 whose taps move, by about two pixels. `fills` replaces the choice of
+    interpolations.
     """
     one_of = draw.one_of
     cls = one_of(BasicBlock, Bottleneck, Bottleneck)
@@ -157,10 +161,13 @@ def draw_block(draw) -> tuple[SampledBlock, str]:
                 module.weight.copy_(draw.normal(*module.weight.shape) / math.sqrt(fan_in))
                 module.bias = nn.Parameter(draw.normal(module.out_channels))
     fill = one_of(
-        RBFInterpolation(),
-        RBFInterpolation(width=one_of(0.5, 0.7, 1.5), window=one_of(3, 7, 9)),
-        RBFInterpolation(width=0.7, eps=1e-2),
-        ZeroFill(),
+        *fills
+        or (
+            RBFInterpolation(),
+            RBFInterpolation(width=one_of(0.5, 0.7, 1.5), window=one_of(3, 7, 9)),
+            RBFInterpolation(width=0.7, eps=1e-2),
+            ZeroFill(),
+        )
     )
     layout = one_of("a", "b", "c")
     made = SampledBlock(
@@ -215,18 +222,70 @@ def fuzz_block(draw) -> str:
     return "block"
 
 
+def fuzz_narrow_block(draw) -> str:
+    """One bfloat16 block: of whole numbers, exact, or of any, within the bound of its tests."""
+    is_whole = draw.one_of(True, False)
+    source, note = draw_block(draw, [ZeroFill()] if is_whole else None)
+    if is_whole:
+        narrow.make_weights_whole(source, draw)
+    packed = blocks.Packed(source, dtype=torch.bfloat16)
+    frozen = FrozenBlock(source, dtype=torch.bfloat16)
+    packed.params, packed.spec = frozen.params, frozen.spec
+    size = draw.one_of(1, 3, 8, 13), draw.one_of(1, 2, 9, 22)
+    batch = draw.one_of(1, 2)
+    if is_whole:
+        x = narrow.whole_features(packed, draw, size, batch)
+    else:
+        x = draw.normal(batch, source.conv1.in_channels, *size)
+    density = draw.one_of(*shared.DENSITIES)
+    given = blocks.given_masks(packed, x, draw, density)
+    output_dtype = draw.one_of(torch.bfloat16, torch.float32)
+    note = f"{note}, x {tuple(x.shape)}, density {density}, {output_dtype}, whole {is_whole}"
+    place = [shared.LAYOUTS[draw.one_of(*shared.LAYOUTS)] for _ in range(2)]
+    with torch.no_grad():
+        truth = narrow.as_output(narrow.truth_of(packed, x, given), output_dtype)
+        results = []
+        for num_threads in (1, 2):
+            out = shared.guarded(torch.full_like(truth, torch.nan).to(output_dtype))
+            _, masks, _ = narrow.run(
+                packed, x, given, output_dtype, num_threads=num_threads, out=out, place=place
+            )
+            assert shared.guard_is_intact(out), f"written beside the output: {note}"
+            assert torch.equal(masks, blocks.all_masks(packed, given)), f"masks: {note}"
+            results.append(out)
+    check_same(*results, note)
+    if is_whole:
+        assert torch.equal(results[0].double(), truth), f"over its bound of nothing: {note}"
+    else:
+        narrow.check_narrow(results[0], truth, note, narrow.RELATIVE_NORM_OF_MEANS)
+    return "bfloat16 block"
+
+
+def fuzz_narrow_weights(draw) -> str:
+    """Weights of any width, packed in bfloat16 and read back with one-hot features."""
+    groups = draw.one_of(1, 1, 2, 3, 5, 16)
+    inside, outside = draw.one_of(1, 2, 3, 8, 15, 17, 33), draw.one_of(1, 2, 7, 8, 31, 33, 65)
+    narrow.check_weights_are_read_back(draw, groups, inside, outside)
+    return "bfloat16 weight"
+
+
 def check_same(one: torch.Tensor, two: torch.Tensor, note: str) -> None:
     """Raise AssertionError unless one and two threads agree bit for bit."""
     assert torch.equal(one, two), f"two threads differ from one: {note}"
 
 
 KINDS = (fuzz_convolution, fuzz_interpolation, fuzz_block)
+NARROW_KINDS = (fuzz_narrow_block, fuzz_narrow_weights)
 
 
 def run_case(seed: int, number: int) -> str:
     """Draw and check one case; returns its kind."""
     # Far apart, so that no two (seed, number) of a run share a generator.
     draw = shared.Draw(seed * 1_000_003_000 + number)
+    # Drawn apart, so that every other case is the same on a CPU without bfloat16.
+    apart = shared.Draw(seed * 1_000_003_000 + number + 500_000_000)
+    if cpu.has_bfloat16() and apart.one_of(*range(3)) == 0:
+        return apart.one_of(NARROW_KINDS[0], NARROW_KINDS[0], NARROW_KINDS[1])(apart)
     return draw.one_of(*KINDS)(draw)
 
 
@@ -260,9 +319,10 @@ def main() -> int:
             print(f"fuzz: {counts.total()} cases, {rate:.0f} a second", flush=True)
     elapsed = time.monotonic() - start
     kinds = ", ".join(f"{count} {kind}s" for kind, count in sorted(counts.items()))
+    isas = cpu.available_isas() + ["avx512bf16"] * cpu.has_bfloat16()
     print(
         f"fuzz: seed {args.seed}, {counts.total()} cases ({kinds}), ISAs "
-        f"{' '.join(cpu.available_isas())}, 1 and 2 threads: no miss, "
+        f"{' '.join(isas)}, 1 and 2 threads: no miss, "
         f"{counts.total() / elapsed:.0f} cases a second"
     )
     return 0

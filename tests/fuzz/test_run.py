@@ -15,8 +15,11 @@ SPEC.loader.exec_module(run)
 
 
 def test_every_kind_is_drawn_and_passes():
-    kinds = {run.run_case(1, number) for number in range(12)}
-    assert kinds == {"convolution", "interpolation", "block"}
+    kinds = {run.run_case(1, number) for number in range(16)}
+    expected = {"convolution", "interpolation", "block"}
+    if cpu.has_bfloat16():
+        expected |= {"bfloat16 block", "bfloat16 weight"}
+    assert kinds == expected
 
 
 def test_a_number_is_always_the_same_case():

@@ -66,8 +66,14 @@ class GivenMask(nn.Module):
 class Packed:
     """A SampledBlock without norms, and the same written down for the operator."""
 
-    def __init__(self, block: SampledBlock, *, with_heads: bool = False) -> None:
-        self.block = block
+    def __init__(
+        self,
+        block: SampledBlock,
+        *,
+        with_heads: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.block, self.dtype = block, dtype
         parts = block.convolutions()
         masks, self.stages = [], []
         self.parents: list[tuple[int, int, int]] = []
@@ -108,7 +114,8 @@ class Packed:
                 )
             )
         self.num_masks = len(masks)
-        self.params, self.spec = pack_block(masks, self.stages, relu=True)
+        self.masks = masks
+        self.params, self.spec = pack_block(masks, self.stages, relu=True, dtype=dtype)
 
     def sizes(self, x: Tensor) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Of the stages and of the masks."""
@@ -116,21 +123,23 @@ class Packed:
         first = [[s.mask for s in self.stages].index(m) for m in range(self.num_masks)]
         return stages, [stages[i] for i in first]
 
-    def arguments(self, x: Tensor, given: Sequence[Tensor | None], noise=None) -> tuple:
+    def arguments(
+        self, x: Tensor, given: Sequence[Tensor | None], noise=None, output_dtype=torch.float32
+    ) -> tuple:
         """What the operator takes for these masks."""
         stages, masks = self.sizes(x)
         derived = [None] * (self.num_masks - len(given))
         shortcut = x if self.block.downsample is None else self.block.downsample(x)
         return (
-            x,
-            shortcut.detach(),
+            x.to(self.dtype),
+            shortcut.detach().to(self.dtype),
             [*(noise or [None] * len(given)), *derived],
             [*given, *derived],
             self.params,
             self.spec,
             [x.shape[0], self.stages[-1].weight.shape[0], *stages[-1]],
             sum(h * w for h, w in masks),
-            torch.float32,
+            output_dtype,
         )
 
     def truth(self, x: Tensor, given: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,6 @@
 """Where a frozen network's maps may be bfloat16: between layers that take them as they are."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -47,6 +48,15 @@ class _Readers(TorchDispatchMode):
         super().__init__()
         self.wide: set[nn.Module] = set()
         self.read: set[nn.Module] = set()
+        self.tagged: list[weakref.ref[Tensor]] = []
+
+    def tag(self, tensor: Tensor, made_by: set[nn.Module]) -> None:
+        setattr(tensor, _TAG, getattr(tensor, _TAG, set()) | made_by)
+        self.tagged.append(weakref.ref(tensor))
+
+    def kept(self) -> set[nn.Module]:
+        """Layers whose maps somebody still holds after the call."""
+        return _producers([tensor for ref in self.tagged if (tensor := ref()) is not None])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -57,7 +67,7 @@ class _Readers(TorchDispatchMode):
             if packet in _PASSES:
                 for leaf in pytree.tree_leaves(result):
                     if isinstance(leaf, Tensor):
-                        setattr(leaf, _TAG, getattr(leaf, _TAG, set()) | made_by)
+                        self.tag(leaf, made_by)
             elif not _is_a_frozen_layer_reading(packet, (args, kwargs)):
                 self.wide |= made_by
         return result
@@ -77,7 +87,8 @@ def keep_maps_narrow(model: nn.Module, example: Any) -> list[str]:
 
     The model is run once on `example` to see what reads each layer's output: one that is read by
     frozen layers only, directly or through pooling, sums, ReLU or concatenation, returns bfloat16
-    from then on. Everything else, and what the model returns, stays float32.
+    from then on. Everything else stays float32, and so does what outlives the call: what the model
+    returns, in whatever container, and what it or a hook keeps.
 
     Args:
         model: frozen, with ``dtype=torch.bfloat16`` layers that return float32; changed.
@@ -92,24 +103,27 @@ def keep_maps_narrow(model: nn.Module, example: Any) -> list[str]:
         if isinstance(module, FrozenBlock | FrozenConv2d) and module.dtype == torch.bfloat16
     }
 
+    readers = _Readers()
+
     def tag(module: nn.Module, args: Any, output: Tensor) -> None:
-        setattr(output, _TAG, {module})
+        readers.tag(output, {module})
 
     handles = [layer.register_forward_hook(tag) for layer in layers]
-    readers = _Readers()
     try:
         with torch.no_grad(), readers:
-            returned = _producers(model(example))
+            returned = model(example)
+        kept = readers.kept()
+        del returned
     finally:
         for handle in handles:
             handle.remove()
     narrowed = []
     for layer, name in layers.items():
-        if layer in readers.read and layer not in readers.wide | returned:
+        if layer in readers.read and layer not in readers.wide | kept:
             layer.output_dtype = torch.bfloat16
             narrowed.append(name)
     for layer in layers:
         if isinstance(layer, FrozenBlock) and layer.downsample is not None:
             plain = all(isinstance(part, _PLAIN) for part in layer.downsample.modules())
-            layer.shortcut_dtype = torch.bfloat16 if plain else None
+            layer.shortcut_dtype = torch.bfloat16 if plain else torch.float32
     return narrowed

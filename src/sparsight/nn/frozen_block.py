@@ -177,7 +177,7 @@ class FrozenBlock(nn.Module):
         spec: flat int64 buffer that describes them.
         dtype: what is computed in, torch.float32 or torch.bfloat16 (with float32 sums).
         output_dtype: what is returned: torch.float32, or `dtype`. May be set.
-        shortcut_dtype: what `downsample` is given: the input as it is (None), or converted first.
+        shortcut_dtype: what `downsample` is given: torch.float32 (default), or `dtype`. May be set.
 
     Args:
         source: the layer to freeze; not changed.
@@ -197,7 +197,7 @@ class FrozenBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.dtype, self.output_dtype = dtype, torch.float32
-        self.shortcut_dtype: torch.dtype | None = None
+        self.shortcut_dtype = torch.float32
         self.computed: Form = computed
         self.measured: Measurement | None = None
         reason = refusal(source)
@@ -370,7 +370,8 @@ class FrozenBlock(nn.Module):
             shortcut = features
         elif self.is_block:
             assert self.downsample is not None
-            shortcut = self.downsample(x if self.shortcut_dtype is None else features)
+            is_narrow = self.shortcut_dtype == self.dtype
+            shortcut = self.downsample(features if is_narrow else x.float())
             shortcut = shortcut.to(self.dtype)
         out, masks, logits = block_ops.sampled_block(
             features,

@@ -191,6 +191,7 @@ def pack_block(
         # One row a tap: a head's nine, then the next head's.
         columns = torch.cat([head[0].detach().float().flatten(1).T for head in heads]).contiguous()
         unit = _unit(dtype)
+        assert in_channels % unit == 0
         packed = torch.empty(_kernels.packed_heads_size(*columns.shape, unit))
         _kernels.pack_heads(*columns.shape, columns.data_ptr(), packed.data_ptr(), unit)
         head_at = store(packed)
@@ -370,6 +371,7 @@ def sampled_block(
         another; their logits, (B, mask_positions) float32, undefined for masks without a head.
 
     Raises:
+        TypeError: a dtype is not what the block was packed for.
         ValueError: the logits of an image hold NaN.
     """
     return torch.ops.sparsight.sampled_block(

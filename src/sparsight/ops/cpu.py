@@ -310,6 +310,22 @@ def sampled_block(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel form of `ops.block.sampled_block`; there is one instruction set for bfloat16."""
+    made = output_dtype if out is None else out.dtype
+    if (
+        x.dtype not in (torch.float32, torch.bfloat16)
+        or made not in (torch.float32, x.dtype)
+        or (shortcut is not None and shortcut.dtype != x.dtype)
+        or params.dtype != torch.float32
+    ):
+        # Memory of another size would be read or written past its end.
+        beside = None if shortcut is None else shortcut.dtype
+        raise TypeError(
+            f"sampled_block: x is {x.dtype}, shortcut {beside}, params {params.dtype}, the output "
+            f"{made}, but x must be torch.float32 or torch.bfloat16, the shortcut the same, the "
+            "output either that or torch.float32, and params the torch.float32 of pack_block; set "
+            "output_dtype of a frozen layer to its dtype or torch.float32, and convert no frozen "
+            "model with .to(dtype)."
+        )
     # An image arrives in planes: a kernel that copies it anyway (csrc merge_rows) reads them.
     planar = not x.is_contiguous(memory_format=torch.channels_last) and x.is_contiguous()
     planar = planar and bool(spec[_kernels.ROW_MERGE_FIELD])
@@ -324,6 +340,7 @@ def sampled_block(
     given = [None if g is None else g.contiguous() for g in given]
     bad_image = _kernels.sampled_block(
         x.data_ptr(),
+        x.itemsize,
         planar,
         _pointer(shortcut),
         [_pointer(n) for n in noise],
