@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "deform_conv.h"
+#include "block_masks.h"
 #include "operators.h"
 #include "pack.h"
 #include "threads.h"
@@ -13,209 +14,16 @@
 namespace sparsight {
 namespace {
 
-constexpr int kMaxMasks = 3;
 constexpr int64_t kStreamedBytes = 16 << 20;
 // Of a convolution's rows that wait for their pooling: with its weights, less than L2.
 constexpr int64_t kPoolingBytes = 640 << 10;
+struct Runner : BlockMasks {
+  using BlockMasks::BlockMasks;
 
-enum Slot {
-  kZeroRow = 8,
-  kHeads,
-  kZeroHeads,
-  kSites,
-  kHoles,
-  kRowOf,
-  kNeeded,
-  kBits,
-  kStageA,
-  kStageB,
-  kMerged,
-  kOffsets,
-  kEveryPosition,
-  kPooled,
-  kMixed
-};
-
-const int64_t* mask_fields(const int64_t* spec, int64_t m) {
-  return spec + kHeaderFields + m * kMaskFields;
-}
-const int64_t* stage_fields(const int64_t* spec, int64_t s) {
-  return spec + kHeaderFields + spec[kNumMasks] * kMaskFields + s * kStageFields;
-}
-
-int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
-}
-
-ConvGeometry stage_geometry(const int64_t* stage, int64_t height, int64_t width) {
-  ConvGeometry g{};
-  g.height = height;
-  g.width = width;
-  g.in_channels = stage[kStageIn];
-  g.out_channels = stage[kStageOut];
-  g.groups = stage[kStageGroups];
-  g.kernel_h = stage[kKernelH];
-  g.kernel_w = stage[kKernelW];
-  g.stride_h = stage[kStrideH];
-  g.stride_w = stage[kStrideW];
-  g.pad_h = stage[kPadH];
-  g.pad_w = stage[kPadW];
-  g.dilation_h = stage[kDilationH];
-  g.dilation_w = stage[kDilationW];
-  g.out_height = out_size(height, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h);
-  g.out_width = out_size(width, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w);
-  return g;
-}
-
-bool is_pointwise(const int64_t* stage) {
-  return stage[kKernelH] == 1 && stage[kKernelW] == 1 && stage[kStrideH] == 1 &&
-         stage[kStrideW] == 1 && stage[kPadH] == 0 && stage[kPadW] == 0;
-}
-
-bool is_deformable(const int64_t* stage) {
-  return stage[kOffsetGroups] > 0;
-}
-
-struct Mask {
-  int64_t height = 0, width = 0, count = 0;
-  uint8_t* bytes = nullptr;
-  int32_t* sites = nullptr;
-  bool full() const { return count == height * width; }
-};
-
-struct Runner {
-  Runner(const KernelTable& kernels, const BlockArrays& arrays, int num_threads)
-      : table(kernels), a(arrays), threads(num_threads) {}
-
-  const KernelTable& table;
-  const BlockArrays& a;
-  const int threads;
-  Scratch& scratch = thread_scratch();
-  Mask masks[kMaxMasks];
-  int64_t mask_positions = 0;
   FillTables tables;  // of the fill in progress
 
-  const int64_t* mask_spec(int64_t m) const { return mask_fields(a.spec, m); }
-  const int64_t* stage_spec(int64_t s) const { return stage_fields(a.spec, s); }
   const void* image_of(const void* maps, int64_t elements) const {
     return static_cast<const char*>(maps) + elements * table.element_size;
-  }
-
-  // z[p][column] = x[p] . head column; a logit is then a sum of nine shifted columns: a 3x3
-  // convolution to one channel read as a GEMM, so that x is streamed once for all the heads of the
-  // block.
-  const float* run_heads(const void* x) {
-    bool wanted = false;
-    for (int64_t m = 0; m < a.spec[kNumMasks]; ++m)
-      wanted |= mask_spec(m)[kParent] < 0 && !a.given[m];
-    if (!wanted) return nullptr;
-    HeadCall call{};
-    call.input = x;
-    call.channels = a.spec[kInChannels];
-    call.weight = a.params + a.spec[kHeadWeight];
-    call.columns = a.spec[kHeadCount];
-    call.vector_columns = head_vector_columns(call.columns);
-    call.output_stride = head_stride();
-    float* z = scratch.get<float>(kHeads, a.height * a.width * call.output_stride);
-    call.output = z;
-    parallel_ranges(threads, a.height * a.width,
-                    [&](int64_t begin, int64_t end) { table.heads(call, begin, end); });
-    return z;
-  }
-
-  int64_t head_stride() const {
-    return std::max(a.spec[kHeadCount], head_vector_columns(a.spec[kHeadCount]));
-  }
-
-  // Logit of one position whose window may reach over the left or the right border. Rows outside
-  // the map are zeros.
-  float logit_at(const float* const* rows, int64_t x, int64_t stride) const {
-    float logit = 0.0f;
-    for (int64_t ky = 0; ky < 3; ++ky)
-      for (int64_t kx = 0; kx < 3; ++kx)
-        if (x + kx - 1 >= 0 && x + kx - 1 < a.width)
-          logit += rows[ky][(x + kx - 1) * stride + ky * 3 + kx];
-    return logit;
-  }
-
-  // Returns false when a logit is NaN.
-  bool threshold(int64_t m, int64_t image, const float* z, float* logits) {
-    const int64_t* fields = mask_spec(m);
-    Mask& mask = masks[m];
-    const int64_t stride_h = fields[kMaskStrideH], stride_w = fields[kMaskStrideW];
-    const int64_t grid = fields[kGridStride], column = fields[kHeadColumn];
-    const int64_t stride = head_stride();
-    const float bias = a.params[fields[kHeadBias]];
-    const float* noise = a.noise[m] + image * mask.height * mask.width;
-    float* outside = scratch.get<float>(kZeroHeads, a.width * stride);
-    std::memset(outside, 0, sizeof(float) * a.width * stride);
-    std::atomic<bool> bad{false};
-    parallel_ranges(threads, mask.height, [&](int64_t begin, int64_t end) {
-      bool nan = false;
-      for (int64_t y = begin; y < end; ++y) {
-        const float* rows[3];
-        for (int64_t ky = 0; ky < 3; ++ky) {
-          const int64_t iy = y * stride_h + ky - 1;
-          rows[ky] = (iy < 0 || iy >= a.height ? outside : z + iy * a.width * stride) + column;
-        }
-        float* row = logits + y * mask.width;
-        for (int64_t x = 0; x < mask.width; ++x) {
-          const int64_t ix = x * stride_w;
-          if (ix == 0 || ix + 1 >= a.width) {
-            row[x] = bias + logit_at(rows, ix, stride);
-            continue;
-          }
-          const float* r0 = rows[0] + (ix - 1) * stride;
-          const float* r1 = rows[1] + (ix - 1) * stride;
-          const float* r2 = rows[2] + (ix - 1) * stride;
-          const float top = r0[0] + r0[stride + 1] + r0[2 * stride + 2];
-          const float middle = r1[3] + r1[stride + 4] + r1[2 * stride + 5];
-          const float bottom = r2[6] + r2[stride + 7] + r2[2 * stride + 8];
-          row[x] = bias + (top + middle + bottom);
-        }
-        const float* noise_row = noise + y * mask.width;
-        uint8_t* bytes = mask.bytes + y * mask.width;
-        for (int64_t x = 0; x < mask.width; ++x) {
-          nan |= row[x] != row[x];
-          bytes[x] = row[x] + noise_row[x] >= 0.0f;
-        }
-        if (grid && y % grid == 0)
-          for (int64_t x = 0; x < mask.width; x += grid) bytes[x] = 1;
-      }
-      if (nan) bad = true;
-    });
-    return !bad;
-  }
-
-  bool decide(int64_t image, const void* x) {
-    const float* z = run_heads(x);
-    uint8_t* bytes = a.masks + image * mask_positions;
-    float* logits = a.logits + image * mask_positions;
-    int32_t* sites = scratch.get<int32_t>(kSites, mask_positions + 1);
-    bool finite = true;
-    for (int64_t m = 0; m < a.spec[kNumMasks]; ++m) {
-      Mask& mask = masks[m];
-      const int64_t positions = mask.height * mask.width;
-      mask.bytes = bytes;
-      mask.sites = sites;
-      const int64_t* fields = mask_spec(m);
-      if (fields[kParent] >= 0) {
-        const Mask& parent = masks[fields[kParent]];
-        for (int64_t y = 0; y < mask.height; ++y)
-          for (int64_t px = 0; px < mask.width; ++px)
-            bytes[y * mask.width + px] =
-                parent.bytes[y * fields[kMaskStrideH] * parent.width + px * fields[kMaskStrideW]];
-      } else if (a.given[m]) {
-        std::memcpy(bytes, a.given[m] + image * positions, positions);
-      } else {
-        finite &= threshold(m, image, z, logits);
-      }
-      mask.count = list_sites(bytes, positions, sites);
-      bytes += positions;
-      logits += positions;
-      sites += positions;
-    }
-    return finite;
   }
 
   FillCall fill_call(int64_t m, int64_t channels) {
@@ -290,69 +98,9 @@ struct Runner {
     });
   }
 
-  // Positions of mask m that `next`, on its own sites, reads and that are holes.
-  int64_t needed_holes(int64_t m, const ConvGeometry& next, const Mask& readers, int32_t* holes) {
-    const Mask& mask = masks[m];
-    const int64_t positions = mask.height * mask.width;
-    auto* needed = scratch.get<uint8_t>(kNeeded, positions);
-    if (readers.full()) {
-      std::memset(needed, 1, positions);
-    } else {
-      std::memset(needed, 0, positions);
-      if (next.stride_h == 1 && next.stride_w == 1)
-        mark_windows(next, readers, needed);
-      else
-        mark_reads(next, readers, needed);
-    }
-    for (int64_t p = 0; p < positions; ++p) needed[p] = needed[p] && !mask.bytes[p];
-    return list_sites(needed, positions, holes);
-  }
-
-  // Without a stride: the readers' map moved by every tap.
-  static void mark_windows(const ConvGeometry& next, const Mask& readers, uint8_t* needed) {
-    for (int64_t y = 0; y < readers.height; ++y)
-      for (int64_t ky = 0; ky < next.kernel_h; ++ky) {
-        const int64_t iy = y - next.pad_h + ky * next.dilation_h;
-        if (iy < 0 || iy >= next.height) continue;
-        for (int64_t kx = 0; kx < next.kernel_w; ++kx) {
-          const int64_t shift = kx * next.dilation_w - next.pad_w;
-          const int64_t first = std::max<int64_t>(0, -shift);
-          const int64_t last = std::min(readers.width, next.width - shift);
-          const uint8_t* from = readers.bytes + y * readers.width;
-          uint8_t* to = needed + iy * next.width + shift;
-          for (int64_t x = first; x < last; ++x) to[x] |= from[x];
-        }
-      }
-  }
-
-  static void mark_reads(const ConvGeometry& next, const Mask& readers, uint8_t* needed) {
-    for (int64_t i = 0; i < readers.count; ++i) {
-      const int64_t site = readers.sites[i];
-      const int64_t y0 = site / readers.width * next.stride_h - next.pad_h;
-      const int64_t x0 = site % readers.width * next.stride_w - next.pad_w;
-      for (int64_t ky = 0; ky < next.kernel_h; ++ky) {
-        const int64_t y = y0 + ky * next.dilation_h;
-        if (y < 0 || y >= next.height) continue;
-        for (int64_t kx = 0; kx < next.kernel_w; ++kx) {
-          const int64_t x = x0 + kx * next.dilation_w;
-          if (x >= 0 && x < next.width) needed[y * next.width + x] = 1;
-        }
-      }
-    }
-  }
-
   // Larger than the caches near a core: written past them, it is not read for ownership first.
   static bool streams(const void* output, int64_t bytes) {
     return bytes >= kStreamedBytes && reinterpret_cast<uintptr_t>(output) % 64 == 0;
-  }
-
-  // Where a deformable reader looks is known only once its offsets are: every hole of mask m.
-  int64_t all_holes(int64_t m, int32_t* holes) {
-    const Mask& mask = masks[m];
-    const int64_t positions = mask.height * mask.width;
-    auto* needed = scratch.get<uint8_t>(kNeeded, positions);
-    for (int64_t p = 0; p < positions; ++p) needed[p] = !mask.bytes[p];
-    return list_sites(needed, positions, holes);
   }
 
   // Offsets and modulation of a deformable stage at its sites, in compact rows.

@@ -211,7 +211,9 @@ class _Tally:
                 macs = convolution_macs(module.head, out.mask.numel())
                 self.add(LayerMacs(name, "Sampler", 0, macs))
         elif frame.declared:
-            macs = convolution_macs(module.source_conv, module.positions(args[0]))
+            packed: Any = module
+            (x,) = (*args, *kwargs.values())
+            macs = convolution_macs(packed.source_conv, packed.positions(x))
             self.add(LayerMacs(frame.name, "Conv2d", macs, macs))
 
 
