@@ -21,7 +21,8 @@ Candidate = Callable[..., Any] | str
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Above this a sample is slow, and few of them must do.
 SLOW_MS = 500.0
-MOST_SAMPLES = 200
+MOST_SAMPLES = 40
+REST_S = 0.03
 
 # What the times of dense networks are taken of; "chain" is four blocks in one OpenVINO network. The
 # same names for every script, so that make can pass --without to all.
@@ -122,8 +123,9 @@ def compare(
 ) -> dict[str, Latency | str]:
     """Measure in turns; reasons are passed through.
 
-    A call that is not measured precedes every sample: the thread pools of torch, OpenVINO and ONNX
-    Runtime spin for milliseconds after a call, on the cores that the next candidate needs.
+    A rest and a call that is not measured precede every sample: the thread pools of torch, OpenVINO
+    and ONNX Runtime spin for tens of milliseconds after a call, on the cores that the next
+    candidate needs. Without the rest, half of the samples of a 10 ms block took 20 ms.
     """
     runnable = {name: run for name, run in candidates.items() if not isinstance(run, str)}
     measured = measure_latency(
@@ -132,6 +134,7 @@ def compare(
         repeats=3 if settings.quick else functools.partial(num_samples, budget_s=settings.budget_s),
         warmup=1 if settings.quick else 2,
         lead_in=0 if settings.quick else 1,
+        rest_s=0.0 if settings.quick else REST_S,
     )
     return {
         name: run if isinstance(run, str) else measured[name] for name, run in candidates.items()

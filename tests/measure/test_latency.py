@@ -1,5 +1,7 @@
 """What is compared, in which order, and how it is summed up; never how long something takes."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -99,6 +101,14 @@ def test_lead_in_calls_precede_every_sample_and_are_not_counted(clock):
     assert comparison["A"].latency_ms == pytest.approx(2)
 
 
+def test_rest_precedes_the_lead_in_of_every_turn(clock, monkeypatch):
+    events = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: events.append(seconds))
+    candidates = {"A": lambda: events.append("A"), "B": lambda: events.append("B")}
+    measure_latency(candidates, repeats=1, warmup=0, lead_in=1, rest_s=0.25)
+    assert events == [0.25, "A", "A", 0.25, "B", "B"]
+
+
 def test_a_single_callable(clock):
     def candidate():
         clock.now += 0.001
@@ -114,6 +124,7 @@ def test_a_single_callable(clock):
         ({"a": print}, {"repeats": 0}),
         ({"a": print}, {"warmup": -1}),
         ({"a": print}, {"lead_in": -1}),
+        ({"a": print}, {"rest_s": -0.1}),
     ],
 )
 def test_nothing_to_measure_is_refused(candidates, options):

@@ -75,6 +75,7 @@ def measure_latency(
     warmup: int = 3,
     min_time_s: float = 0.0,
     lead_in: int = 0,
+    rest_s: float = 0.0,
 ) -> LatencyComparison:
     """Compare the wall time of callables on the same arguments.
 
@@ -93,15 +94,17 @@ def measure_latency(
         warmup: rounds thrown away beforehand: compilation, packing, caches. Default 3.
         min_time_s: go on until this many seconds were measured for every candidate. Default 0.
         lead_in: calls of a candidate right before each of its samples, not measured. Default 0. Use
-            1 where candidates bring their own threads: those of one may spin for milliseconds after
-            it returned, on the cores that the next one needs.
+            1 where candidates have caches of their own to warm.
+        rest_s: seconds of rest before each turn. Default 0. Where candidates bring their own
+            threads, those of one may spin for tens of milliseconds after it returned, on the cores
+            that the next one needs.
 
     Returns:
         Median, inter-quartile range and number of samples of each, and its ratio to the first.
 
     Raises:
-        ValueError: no candidate, less than one repeat, negative warm-up or lead-in, repeats that
-            follow from a warm-up of none, or a module in training mode.
+        ValueError: no candidate, less than one repeat, negative warm-up, lead-in or rest, repeats
+            that follow from a warm-up of none, or a module in training mode.
 
     Example:
         >>> x = torch.zeros(8)
@@ -113,11 +116,13 @@ def measure_latency(
         name = getattr(candidates, "__name__", type(candidates).__name__)
         candidates = {name: candidates}
     fixed = repeats if isinstance(repeats, int) else None
-    if not candidates or (fixed is not None and fixed < 1) or warmup < 0 or lead_in < 0:
+    is_short = fixed is not None and fixed < 1
+    if not candidates or is_short or min(warmup, lead_in, rest_s) < 0:
         raise ValueError(
             f"measure_latency: got {len(candidates)} candidates, repeats={repeats}, "
-            f"warmup={warmup} and lead_in={lead_in}; at least one candidate, one repeat and no "
-            "negative warm-up or lead-in are required; name what to measure, the baseline first."
+            f"warmup={warmup}, lead_in={lead_in} and rest_s={rest_s}; at least one candidate, one "
+            "repeat and no negative warm-up, lead-in or rest are required; name what to measure, "
+            "the baseline first."
         )
     if fixed is None and warmup == 0:
         raise ValueError(
@@ -139,6 +144,7 @@ def measure_latency(
             for name in candidates
         }
         for name in _turns(samples, counts, min_time_s):
+            time.sleep(rest_s)
             for _ in range(lead_in):
                 _sample_ms(candidates[name], args, device)
             samples[name].append(_sample_ms(candidates[name], args, device))
