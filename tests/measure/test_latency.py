@@ -1,7 +1,5 @@
 """What is compared, in which order, and how it is summed up; never how long something takes."""
 
-import time
-
 import pytest
 import torch
 from torch import nn
@@ -103,8 +101,12 @@ def test_lead_in_calls_precede_every_sample_and_are_not_counted(clock):
 
 def test_rest_precedes_the_lead_in_of_every_turn(clock, monkeypatch):
     events = []
-    monkeypatch.setattr(time, "sleep", lambda seconds: events.append(seconds))
-    candidates = {"A": lambda: events.append("A"), "B": lambda: events.append("B")}
+    run = clock.candidate("", [], [1.0] * 4)
+    monkeypatch.setattr(latency_module.time, "sleep", events.append)
+    candidates = {
+        "A": lambda: (events.append("A"), run()),
+        "B": lambda: (events.append("B"), run()),
+    }
     measure_latency(candidates, repeats=1, warmup=0, lead_in=1, rest_s=0.25)
     assert events == [0.25, "A", "A", 0.25, "B", "B"]
 
