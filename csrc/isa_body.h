@@ -15,9 +15,7 @@ namespace SPARSIGHT_ISA {
 #include "bilinear_gather.h"
 #include "interpolate.h"
 #include "heads.h"
-#if !defined(SPARSIGHT_BFLOAT16)
 #include "soft_interpolate.h"
-#endif
 
 #define SPARSIGHT_STRING_(x) #x
 #define SPARSIGHT_STRING(x) SPARSIGHT_STRING_(x)
@@ -31,15 +29,9 @@ static const KernelTable table = {
     gather,
     heads,
     fill,
-#if !defined(SPARSIGHT_BFLOAT16)
     soft_fill,
     soft_fill_backward_rows,
     soft_fill_backward_sites,
-#else
-    nullptr,
-    nullptr,
-    nullptr,
-#endif
 };
 
 }  // namespace SPARSIGHT_ISA

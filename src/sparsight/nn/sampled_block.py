@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsight.nn.deform_conv import DeformableConv2d
 from sparsight.nn.sampled_conv import check_gate, macs_per_position
+from sparsight.nn.sampler import join_heads
 
 __all__ = ["Layout", "SampledBlock"]
 
@@ -144,7 +145,10 @@ class SampledBlock(nn.Module):
 
         Gradient: to `x`, all parameters, and through the relaxed masks to the samplers.
         """
-        masks = [sampler(x).weights for sampler in self.samplers]
+        masks = [
+            (sampler(x) if logits is None else sampler(x, logits)).weights
+            for sampler, logits in zip(self.samplers, self._joined_logits(x), strict=True)
+        ]
         parts = self.convolutions()
         last = len(parts) - 1
 
@@ -164,6 +168,12 @@ class SampledBlock(nn.Module):
 
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.relu(branch + shortcut)
+
+    def _joined_logits(self, x: Tensor) -> list[Tensor | None]:
+        """Logits that one convolution makes for several samplers, in training; None elsewhere."""
+        if not self.training or x.ndim != 4 or x.shape[1] != self.conv1.in_channels:
+            return [None] * len(self.samplers)
+        return join_heads(list(self.samplers), x)
 
     def convolutions(self) -> list[tuple[str, nn.Conv2d, nn.Module, int]]:
         """Every convolution of the residual branch: (name, convolution, norm, decision index)."""
