@@ -106,3 +106,57 @@ def test_settling_on_what_is_already_met_changes_nothing():
     model = nn.Sequential(Sampler(2))
     assert settle_on_budget(model, lambda: 0.5, 0.5) == (0.0, 0.5)
     assert model[0].head.bias.item() == 3.0
+
+
+def test_distilling_from_oneself_costs_nothing_and_pulls_nowhere():
+    logits = torch.randn(2, 5, 3, 4, requires_grad=True)
+    loss = distillation(logits, logits.detach().clone())
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_is_the_divergence_per_position(temperature):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 2, 5, 3, 4)
+    teacher.requires_grad_()
+    expected = 0.0
+    for b in range(2):
+        for y in range(3):
+            for x in range(4):
+                p = torch.softmax(teacher[b, :, y, x] / temperature, 0)
+                q = torch.softmax(student[b, :, y, x] / temperature, 0)
+                expected += float((p * (p / q).log()).sum()) / 24
+    loss = distillation(student, teacher, temperature=temperature)
+    assert loss.item() == pytest.approx(temperature**2 * expected, rel=1e-4)
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("weights", ["macs", "published", "uniform"])
+def test_a_fixed_price_is_charged_on_what_was_asked_for(weights):
+    torch.manual_seed(0)
+    model = sparsify(torch.nn.Sequential(Bottleneck(16, 4)))
+    biases = (0.3, -1.1)
+    for sampler, bias in zip(model[0].samplers, biases, strict=True):
+        torch.nn.init.constant_(sampler.head.bias, bias)
+    p = [torch.tensor(bias).sigmoid().item() for bias in biases]
+    with record_sampling(model) as record:
+        model(torch.randn(1, 16, 8, 8))
+        macs = [d.macs for d in record.decisions]
+        total = 2 * sum(macs)
+        share = SamplingPrice(0.1, weights=weights).expected_share(record, total_macs=total)
+    expected = {
+        "macs": 0.5 + (macs[0] * p[0] + macs[1] * p[1]) / total,
+        "published": 0.25 * p[0] + 0.75 * p[1],
+        "uniform": 0.5 * (p[0] + p[1]),
+    }
+    assert share.item() == pytest.approx(expected[weights], rel=1e-5)
+
+
+def test_levels_of_samplers_and_gates_are_shifted_together():
+    net = torch.nn.Sequential(Bottleneck(16, 4))
+    sampled, gated = sparsify(net), sparsify(net, sampler=ReLUGate, interpolation=ZeroFill)
+    fixed = sparsify(net, sampler=PerforatedSampler)
+    assert [level.item() for level in sampler_levels(sampled)] == [3.0, 3.0]
+    assert sampler_levels(gated) == [gate.norm.bias for gate in gated[0].samplers]
+    assert sampler_levels(fixed) == sampler_levels(net) == []

@@ -157,7 +157,7 @@ def plan(
         budget: share of the dense model's MACs at `size`, in (0, 1].
         sampling_weight: fixed price instead of a budget.
         weights: what the fixed price is charged on, see `SamplingPrice`.
-        dense: builds the dense model; called for "perforated" with a budget only.
+        dense: builds the dense model; called for "resized" and "perforated" with a budget only.
 
     Raises:
         ValueError: a budget outside (0, 1], a budget and a weight at once, weights that only a
@@ -205,20 +205,33 @@ def plan(
     return Plan(sampling=sampling, objective=objective, size=size, settles=budget is not None)
 
 
-def resized_size(size: tuple[int, int], budget: float, *, multiple: int = 8) -> tuple[int, int]:
-    """Return the input size at which a dense network needs `budget` of its MACs at `size`.
+def resized_size(
+    dense: nn.Module, size: tuple[int, int], budget: float, *, multiple: int = 8
+) -> tuple[int, int]:
+    """Return the input size at which a dense network comes nearest to `budget` of its MACs at `size`.
 
-    Both sides shrink by sqrt(budget) and are rounded to a multiple, so that the share is met to
-    within the rounding: 240x320 at 0.5 becomes 168x224, which is 0.49.
+    Both sides shrink by sqrt(budget) and are rounded to a multiple, each down or up, whichever pair
+    is counted nearest: maps at a stride of 32 round as well, so that areas alone would mislead.
 
     Args:
+        dense: the dense model.
         size: (height, width) in pixels.
         budget: share of the MACs, in (0, 1].
         multiple: of both sides, in pixels.
     """
     factor = math.sqrt(check_budget(budget, name="resized_size"))
-    height, width = (max(multiple, round(side * factor / multiple) * multiple) for side in size)
-    return height, width
+    sides = []
+    for side in size:
+        lower = max(1, math.floor(side * factor / multiple)) * multiple
+        sides.append((lower, lower + multiple))
+    model = dense.eval()
+    full = _dense_macs(model, size)
+    candidates = [(height, width) for height in sides[0] for width in sides[1]]
+    return min(candidates, key=lambda s: abs(_dense_macs(model, s) / full - budget))
+
+
+def _dense_macs(model: nn.Module, size: tuple[int, int]) -> int:
+    return count_macs(model, torch.zeros(1, 3, *size)).dense
 
 
 def fitting_rate(
