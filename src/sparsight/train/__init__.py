@@ -11,16 +11,18 @@ from sparsight.train.annealing import (
     geometric_temperature,
     published_temperature,
 )
-from sparsight.train.architecture import Architecture, Sampling
+from sparsight.train.architecture import Architecture
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
 from sparsight.train.evaluate import Score, score
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampled_task import SampledTask
+from sparsight.train.sampling import Plan, Sampling, apply_sampling, plan
 from sparsight.train.tasks import SegmentationTask
 
 __all__ = [
     "Architecture",
     "BudgetController",
+    "Plan",
     "Recipe",
     "SampledTask",
     "Sampling",
@@ -28,8 +30,10 @@ __all__ = [
     "Score",
     "SegmentationTask",
     "TemperatureAnnealing",
+    "apply_sampling",
     "geometric_temperature",
     "load_checkpoint",
+    "plan",
     "published_temperature",
     "save_checkpoint",
     "score",

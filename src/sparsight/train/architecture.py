@@ -7,29 +7,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sparsight.convert import sparsify
 from sparsight.models import semantic_fpn, torchvision_segmentation
-from sparsight.nn import Sampler
+from sparsight.train.sampling import Sampling, apply_sampling
 
 ModelName = Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50"]
-Layout = Literal["a", "b", "c"]
-Noise = Literal["white", "blue", "none"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a model was converted by `sparsight.sparsify`.
-
-    Attributes:
-        layout: masks per block, "a" one, "b" (paper's default) two, "c" one per convolution.
-        noise: "white" as published, "blue", or "none" for the deterministic baseline.
-        grid_stride: every grid_stride-th row and column is always computed; 11 as published, None
-            for no grid.
-    """
-
-    layout: Layout = "b"
-    noise: Noise = "white"
-    grid_stride: int | None = 11
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +70,12 @@ class Architecture:
         ]
         if other.sampling is not None and self.sampling is None:
             found.append("it is sampled, not dense")
-        elif (
-            other.sampling is not None
-            and self.sampling is not None
-            and other.sampling.layout != self.sampling.layout
-        ):
-            found.append(f"layout is {other.sampling.layout!r}, not {self.sampling.layout!r}")
+        elif other.sampling is not None and self.sampling is not None:
+            found += [
+                f"{name} is {getattr(other.sampling, name)!r}, not {getattr(self.sampling, name)!r}"
+                for name in ("layout", "sampler", "interpolation")
+                if getattr(other.sampling, name) != getattr(self.sampling, name)
+            ]
         return found
 
 
@@ -123,13 +104,4 @@ def convert(dense: nn.Module, architecture: Architecture) -> nn.Module:
         dense: what `build_dense` returned, with or without trained weights.
         architecture: its `sampling` says how to convert.
     """
-    if architecture.sampling is None:
-        return dense
-    sampling = architecture.sampling
-
-    def sampler(in_channels: int, *, stride: int = 1) -> Sampler:
-        return Sampler(
-            in_channels, stride=stride, noise=sampling.noise, grid_stride=sampling.grid_stride
-        )
-
-    return sparsify(dense, layout=sampling.layout, sampler=sampler)
+    return apply_sampling(dense, architecture.sampling)

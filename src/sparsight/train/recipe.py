@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,9 @@ class Recipe:
         collate_fn: makes a batch of a list of transformed items, in the form that the task takes;
             None stacks them. Detectors need one: their images differ in size.
         shows_progress: draw a progress bar.
+        anneal_share: part of the run in which the samplers' temperature falls, in (0, 1].
+        callbacks: further ones of Lightning's, run after the recipe's own; one that prunes filters
+            after each epoch is such a one.
     """
 
     train_data: Dataset[Any]
@@ -82,6 +85,8 @@ class Recipe:
     max_batches: int | None = None
     collate_fn: Callable[[list[Any]], Any] | None = None
     shows_progress: bool = True
+    anneal_share: float = 1.0
+    callbacks: Sequence[L.Callback] = ()
 
     def fit(self, task: SampledTask, *, resume: bool = False) -> None:
         """Train `task` in place, for what is left of `epochs`.
@@ -124,7 +129,12 @@ class Recipe:
                 num_sanity_val_steps=0,
                 logger=CSVLogger(self.out, name=None, version=f"log{num_logs or ''}"),
                 log_every_n_steps=10,
-                callbacks=[StepSeed(self.seed), TemperatureAnnealing(), state],
+                callbacks=[
+                    StepSeed(self.seed),
+                    TemperatureAnnealing(share=self.anneal_share),
+                    *self.callbacks,
+                    state,
+                ],
                 plugins=[AtomicCheckpointIO()],
                 enable_progress_bar=self.shows_progress,
                 enable_model_summary=False,
