@@ -7,20 +7,30 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sparsight.models import semantic_fpn, torchvision_segmentation
+from sparsight.models import (
+    resnet_cifar,
+    semantic_fpn,
+    torchvision_resnet,
+    torchvision_segmentation,
+)
 from sparsight.train.sampling import Sampling, apply_sampling
 
-ModelName = Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50"]
+ModelName = Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50", "resnet", "resnet_cifar"]
+Backbone = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A segmentation model.
+    """A model for segmentation or classification.
 
     Attributes:
-        model: "semantic_fpn", or torchvision's "fcn_resnet50" or "deeplabv3_resnet50".
+        model: "semantic_fpn", or torchvision's "fcn_resnet50" or "deeplabv3_resnet50"; for
+            classes of whole images "resnet", torchvision's, or "resnet_cifar".
         num_classes: classes without the ignored one.
-        backbone: ResNet of the semantic FPN; None for torchvision's models.
+        backbone: ResNet of the semantic FPN, or which ResNet classifies: "resnet20" to "resnet110"
+            are those for CIFAR. None for torchvision's segmentation models.
         is_dilated: semantic FPN with dilation 2 and 4 in the last stages (resnet50 only).
         fpn_channels: width of the pyramid; None for torchvision's models.
         head_channels: width of the segmentation branch; None for torchvision's models.
@@ -30,7 +40,7 @@ class Architecture:
 
     model: ModelName = "semantic_fpn"
     num_classes: int = 11
-    backbone: Literal["resnet18", "resnet34", "resnet50"] | None = "resnet18"
+    backbone: Backbone | None = "resnet18"
     is_dilated: bool = False
     fpn_channels: int | None = 48
     head_channels: int | None = 48
@@ -83,10 +93,17 @@ def build_dense(architecture: Architecture) -> nn.Module:
     """Return the dense model of `architecture`, with random weights.
 
     Returns:
-        A module (B, 3, H, W) -> {"out": (B, num_classes, H, W)}.
+        A module (B, 3, H, W) -> {"out": (B, num_classes, H, W)}; one that classifies whole images
+        -> (B, num_classes).
     """
+    if architecture.model == "resnet_cifar":
+        depth = int((architecture.backbone or "").removeprefix("resnet"))
+        return resnet_cifar(depth, num_classes=architecture.num_classes)
+    if architecture.model == "resnet":
+        assert architecture.backbone in ("resnet18", "resnet34", "resnet50")
+        return torchvision_resnet(architecture.backbone, num_classes=architecture.num_classes)
     if architecture.model == "semantic_fpn":
-        assert architecture.backbone is not None
+        assert architecture.backbone in ("resnet18", "resnet34", "resnet50")
         return semantic_fpn(
             architecture.backbone,
             num_classes=architecture.num_classes,

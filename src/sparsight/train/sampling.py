@@ -28,7 +28,7 @@ from sparsight.nn import (
     Sampler,
     ZeroFill,
 )
-from sparsight.train.losses import BudgetController, SamplingPrice, ShareWeights, check_budget
+from sparsight.nn.budget import BudgetController, SamplingPrice, ShareWeights, check_budget
 
 Method = Literal["sampled", "resized", "relu_gate", "perforated"]
 SamplerKind = Literal["gumbel", "relu_gate", "perforated"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsight.nn import SamplingRecord, sampling_loss
+from sparsight.nn.objective import sampling_loss
+from sparsight.nn.record import SamplingRecord
 
 ShareWeights = Literal["macs", "published", "uniform"]
 
@@ -233,9 +234,3 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) 
     log_teacher = F.log_softmax(teacher.detach() / temperature, dim=1)
     divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(1)
     return temperature**2 * divergence.mean()
-
-
-def mean_of(values: Iterable[float]) -> float:
-    """Return the mean of at least one number."""
-    listed = list(values)
-    return sum(listed) / len(listed)
