@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
-
-from sparsight.nn.budget import settle_on_budget
-from sparsight.train.architecture import Architecture, build_dense, convert
-from sparsight.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from sparsight.train.architecture import Architecture, build_dense
 from sparsight.train.data import CamVid, SyntheticScenes, evaluation_transform, training_transform
-from sparsight.train.evaluate import measured_share, score
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
-from sparsight.train.tasks import SegmentationTask
+from sparsight.train.segmentation_run import train_segmentation
 
 
 def camvid(
     *,
     data: str | None = None,
     model: Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50"] = "semantic_fpn",
-    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18",
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnext50_32x4d"] = "resnet18",
     is_dilated: bool = False,
+    is_deformable: bool = False,
     fpn_channels: int = 48,
     head_channels: int = 48,
     size: tuple[int, int] = (240, 320),
@@ -69,7 +63,8 @@ def camvid(
         data: folder with train/, trainannot/, val/, valannot/. Needed unless `quick`.
         model: architecture; torchvision's fcn and deeplabv3, or the semantic FPN.
         backbone: of the semantic FPN, random weights.
-        is_dilated: semantic FPN with dilation 2 and 4 in the last stages (resnet50 only).
+        is_dilated: semantic FPN with dilation 2 and 4 in the last stages (bottlenecks only).
+        is_deformable: semantic FPN with deformable stages 2 to 4 (resnet50 only).
         fpn_channels: width of the pyramid. 48 keeps most MACs in a small backbone.
         head_channels: width of the segmentation branch.
         size: height and width of the images in pixels, as 240x320. Scores are counted at the
@@ -135,11 +130,12 @@ def camvid(
         epochs, batch_size, num_workers, accumulate = 2, min(batch_size, 2), 0, 1
 
     is_fpn = model == "semantic_fpn"
-    dense_architecture = Architecture(
+    dense = Architecture(
         model=model,
         num_classes=len(train_data.classes),
         backbone=backbone if is_fpn else None,
         is_dilated=is_dilated,
+        is_deformable=is_deformable,
         fpn_channels=fpn_channels if is_fpn else None,
         head_channels=head_channels if is_fpn else None,
         size=size,
@@ -158,36 +154,14 @@ def camvid(
         budget=budget,
         sampling_weight=sampling_weight,
         weights=weights,
-        dense=lambda: build_dense(dense_architecture),
-    )
-    architecture = dataclasses.replace(
-        dense_architecture, size=planned.size, sampling=planned.sampling
-    )
-    L.seed_everything(seed, verbose=False)
-    if init is not None:
-        network, _ = load_checkpoint(init, expected=architecture)
-    else:
-        network = convert(build_dense(architecture), architecture)
-    learnt_from = None
-    if teacher is not None:
-        learnt_from, _ = load_checkpoint(teacher, expected=dense_architecture)
-
-    folder = Path(out)
-    ignore_index = train_data.ignore_index
-    task = SegmentationTask(
-        network,
-        architecture,
-        ignore_index=ignore_index,
-        objective=planned.objective,
-        lr=lr,
-        teacher=learnt_from,
+        dense=lambda: build_dense(dense),
     )
     recipe = Recipe(
         train_data=train_data,
-        train_transform=training_transform(planned.size, ignore_index=ignore_index),
+        train_transform=training_transform(planned.size, ignore_index=train_data.ignore_index),
         val_data=val_data,
         val_transform=evaluation_transform(planned.size),
-        out=folder,
+        out=Path(out),
         epochs=epochs,
         batch_size=batch_size,
         seed=seed,
@@ -198,27 +172,15 @@ def camvid(
         shows_progress=progress_bar,
         anneal_share=anneal_share,
     )
-    recipe.fit(task, resume=resume)
-
-    network.cpu().eval()
-    result: dict[str, Any] = {
-        "task": "camvid segmentation",
-        "seed": seed,
-        "epochs": epochs,
-        "method": method,
-        "budget": budget,
-    }
-    if planned.settles:
-        assert budget is not None
-        batches = [images for images, _ in recipe.validation_batches()][:: 1 if quick else 4]
-        shift, share = settle_on_budget(network, lambda: measured_share(network, batches), budget)
-        result |= {"settling_shift": shift, "settled_share": share}
-    weights = folder / "weights.safetensors"
-    save_checkpoint(weights, network, architecture)
-    scored = score(
-        network, recipe.validation_batches(), ignore_index=ignore_index, classes=train_data.classes
+    return train_segmentation(
+        recipe,
+        name="camvid segmentation",
+        dense=dense,
+        planned=planned,
+        budget=budget,
+        lr=lr,
+        init=init,
+        teacher=teacher,
+        resume=resume,
+        details={"method": method},
     )
-    result |= dataclasses.asdict(scored) | {"architecture": architecture.to_json()}
-    write_atomically(folder / "result.json", json.dumps(result, indent=2).encode())
-    print(f"{scored}\nweights: {weights}")
-    return result

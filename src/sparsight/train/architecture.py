@@ -17,7 +17,15 @@ from sparsight.train.sampling import Sampling, apply_sampling
 
 ModelName = Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50", "resnet", "resnet_cifar"]
 Backbone = Literal[
-    "resnet18", "resnet34", "resnet50", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnext50_32x4d",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
 ]
 
 
@@ -31,7 +39,9 @@ class Architecture:
         num_classes: classes without the ignored one.
         backbone: ResNet of the semantic FPN, or which ResNet classifies: "resnet20" to "resnet110"
             are those for CIFAR. None for torchvision's segmentation models.
-        is_dilated: semantic FPN with dilation 2 and 4 in the last stages (resnet50 only).
+        is_dilated: semantic FPN with dilation 2 and 4 in the last stages (bottlenecks only).
+        is_deformable: semantic FPN with deformable 3x3 convolutions in stages 2 to 4 (resnet50
+            only).
         fpn_channels: width of the pyramid; None for torchvision's models.
         head_channels: width of the segmentation branch; None for torchvision's models.
         size: (height, width) in pixels that the images were resized to.
@@ -42,6 +52,7 @@ class Architecture:
     num_classes: int = 11
     backbone: Backbone | None = "resnet18"
     is_dilated: bool = False
+    is_deformable: bool = False
     fpn_channels: int | None = 48
     head_channels: int | None = 48
     size: tuple[int, int] = (240, 320)
@@ -53,9 +64,13 @@ class Architecture:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Architecture:
-        """Return what `to_json` described; ValueError for unknown or missing fields."""
+        """Return what `to_json` described; ValueError for unknown or missing fields.
+
+        What was added later than the first release of the format may be missing: it has its
+        default.
+        """
         known = {field.name for field in fields(Architecture)}
-        if set(values) != known:
+        if not known - {"is_deformable"} <= set(values) <= known:
             raise ValueError(
                 f"Architecture.from_json: fields {sorted(values)} arrived; {sorted(known)} are "
                 "required; the checkpoint was written by another version of sparsight: evaluate "
@@ -103,11 +118,13 @@ def build_dense(architecture: Architecture) -> nn.Module:
         assert architecture.backbone in ("resnet18", "resnet34", "resnet50")
         return torchvision_resnet(architecture.backbone, num_classes=architecture.num_classes)
     if architecture.model == "semantic_fpn":
-        assert architecture.backbone in ("resnet18", "resnet34", "resnet50")
+        backbone = architecture.backbone
+        assert backbone in ("resnet18", "resnet34", "resnet50", "resnext50_32x4d")
         return semantic_fpn(
-            architecture.backbone,
+            backbone,
             num_classes=architecture.num_classes,
             is_dilated=architecture.is_dilated,
+            is_deformable=architecture.is_deformable,
             fpn_channels=architecture.fpn_channels or 256,
             head_channels=architecture.head_channels or 128,
         )

@@ -208,7 +208,7 @@ def plan(
 def resized_size(
     dense: nn.Module, size: tuple[int, int], budget: float, *, multiple: int = 8
 ) -> tuple[int, int]:
-    """Return the input size at which a dense network comes nearest to `budget` of its MACs at `size`.
+    """Return the input size at which a dense network comes nearest to a share of its MACs.
 
     Both sides shrink by sqrt(budget) and are rounded to a multiple, each down or up, whichever pair
     is counted nearest: maps at a stride of 32 round as well, so that areas alone would mislead.

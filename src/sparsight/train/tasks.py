@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from sparsight.nn.budget import distillation
 from sparsight.train.architecture import Architecture
+from sparsight.train.distillation import distillation
 from sparsight.train.sampled_task import SampledTask
 
 

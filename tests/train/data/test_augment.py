@@ -132,3 +132,14 @@ def test_a_target_of_boxes_and_a_class_come_out_plain():
     assert type(image) is torch.Tensor
     assert type(target["boxes"]) is torch.Tensor
     assert view[1][1] == 7
+
+
+def test_a_crop_is_cut_from_the_scaled_image():
+    scenes = SyntheticScenes(1, size=(64, 96), seed=0)
+    transform = training_transform((64, 96), ignore_index=255, crop=(32, 40), scale=(1.0, 1.0))
+    torch.manual_seed(0)
+    image, labels = transform(*scenes[0])
+    assert image.shape == (3, 32, 40) and labels.shape == (32, 40)
+    windows = scenes[0][1].unfold(0, 32, 1).unfold(1, 40, 1)
+    flipped = labels.flip(-1)
+    assert any((windows == cut).all(-1).all(-1).any() for cut in (labels, flipped))

@@ -17,6 +17,7 @@ from sparsight.train.data.cifar10 import (
     cifar10_evaluation_transform,
     cifar10_training_transform,
 )
+from sparsight.train.data.cityscapes import Cityscapes
 from sparsight.train.data.imagenet import (
     ImageFolders,
     imagenet_evaluation_transform,
@@ -28,6 +29,7 @@ from sparsight.train.data.synthetic_classes import SyntheticClasses
 __all__ = [
     "CIFAR10",
     "CamVid",
+    "Cityscapes",
     "EpochSampler",
     "ImageFolders",
     "SeededView",

@@ -18,17 +18,22 @@ Transform = Callable[..., Any]
 
 
 def training_transform(
-    size: tuple[int, int], *, ignore_index: int, scale: tuple[float, float] = (0.75, 1.75)
+    size: tuple[int, int],
+    *,
+    ignore_index: int,
+    scale: tuple[float, float] = (0.75, 1.75),
+    crop: tuple[int, int] | None = None,
 ) -> Transform:
-    """Return random scale, crop to `size`, horizontal flip, normalisation.
+    """Return random scale, random crop, horizontal flip, normalisation.
 
     Args:
-        size: (height, width) of the crop in pixels.
+        size: (height, width) in pixels that the image is fitted into, at scale 1.
         ignore_index: class of the pixels added where a small image had to be padded.
         scale: range of the scale relative to the image fitted into `size`.
+        crop: (height, width) of what is cut out; None: `size`.
 
     Returns:
-        A callable (image, class map) -> (float32 (3, *size), int64 size).
+        A callable (image, class map) -> (float32 (3, *crop), int64 crop).
     """
     fill: dict[Any, Any] = {
         tv_tensors.Image: [round(255 * m) for m in MEAN],
@@ -37,7 +42,7 @@ def training_transform(
     return v2.Compose(
         [
             v2.ScaleJitter(target_size=size, scale_range=scale, antialias=True),
-            v2.RandomCrop(size, pad_if_needed=True, fill=fill),
+            v2.RandomCrop(crop or size, pad_if_needed=True, fill=fill),
             v2.RandomHorizontalFlip(),
             *normalise(),
         ]
