@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from sparsight.train.losses import BudgetController, SamplingPrice
 
 import sparsight
 from sparsight.measure import count_macs
@@ -21,6 +20,7 @@ from sparsight.nn import (
     Sampler,
     ZeroFill,
 )
+from sparsight.nn.budget import BudgetController, SamplingPrice
 from sparsight.train.sampling import Sampling, apply_sampling, fitting_rate, plan, resized_size
 
 SIZE = (64, 96)

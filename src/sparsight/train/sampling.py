@@ -187,7 +187,8 @@ def plan(
                 "plan: method='resized' without a budget; the size follows from it; add --budget, "
                 "or pass --size and leave --method out."
             )
-        return Plan(sampling=None, objective=None, size=resized_size(size, budget), settles=False)
+        smaller = resized_size(dense(), size, budget)
+        return Plan(sampling=None, objective=None, size=smaller, settles=False)
     if method == "perforated":
         sampling = replace(sampling, sampler="perforated")
         if budget is not None:
