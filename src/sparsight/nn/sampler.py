@@ -140,7 +140,7 @@ class Sampler(nn.Module):
         self.register_buffer("ranks", ranks, persistent=False)
 
     @property
-    def level(self) -> nn.Parameter:
+    def level(self) -> Tensor:
         """What moves the density as a whole: the head's bias, in logits."""
         assert self.head.bias is not None
         return self.head.bias
