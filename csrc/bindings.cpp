@@ -102,12 +102,17 @@ void sampled_deform_conv(uintptr_t x, uintptr_t offset, uintptr_t modulation, ui
   deform_conv(table, arrays, num_threads);
 }
 
-// The table that a block's `spec` asks for: its maps are of the table's elements.
-const KernelTable& table_of(const int64_t* spec, const std::string& isa) {
-  if (spec[kUnitChannels] == 1) return require(isa);
+// The table whose elements are those of the maps.
+const KernelTable& table_for_maps(bool is_bfloat16, const std::string& isa) {
+  if (!is_bfloat16) return require(isa);
   const KernelTable* table = bfloat16_table();
   if (!table) throw std::runtime_error("this CPU or this build has no AVX-512 BF16 instructions");
   return *table;
+}
+
+// The table that a block's `spec` asks for.
+const KernelTable& table_of(const int64_t* spec, const std::string& isa) {
+  return table_for_maps(spec[kUnitChannels] != 1, isa);
 }
 
 int64_t sampled_block(uintptr_t x, int64_t element_size, bool planar, uintptr_t shortcut,
@@ -236,31 +241,32 @@ NB_MODULE(_kernels, m) {
               ptr<const float>(log_kernel), batch, height, width, channels, window, eps,
               ptr<float>(output), num_threads);
   });
-  m.def("soft_fill", [](uintptr_t features, uintptr_t mask, uintptr_t log_kernel, int64_t batch,
-                        int64_t height, int64_t width, int64_t channels, int64_t window, float eps,
-                        uintptr_t output, const std::string& isa, int num_threads) {
-    const KernelTable& table = require(isa);
-    nb::gil_scoped_release release;
-    const SoftFillArrays a{ptr<const float>(features),
-                           ptr<const float>(mask),
-                           ptr<const float>(log_kernel),
-                           batch,
-                           height,
-                           width,
-                           channels,
-                           window,
-                           eps,
-                           false};
-    soft_fill(table, a, ptr<float>(output), num_threads);
-  });
+  m.def("soft_fill",
+        [](uintptr_t features, uintptr_t mask, uintptr_t log_kernel, int64_t batch, int64_t height,
+           int64_t width, int64_t channels, int64_t window, float eps, uintptr_t output,
+           bool is_bfloat16, const std::string& isa, int num_threads) {
+          const KernelTable& table = table_for_maps(is_bfloat16, isa);
+          nb::gil_scoped_release release;
+          const SoftFillArrays a{ptr<const void>(features),
+                                 ptr<const float>(mask),
+                                 ptr<const float>(log_kernel),
+                                 batch,
+                                 height,
+                                 width,
+                                 channels,
+                                 window,
+                                 eps,
+                                 false};
+          soft_fill(table, a, ptr<void>(output), num_threads);
+        });
   m.def("soft_fill_backward",
         [](uintptr_t features, uintptr_t mask, uintptr_t log_kernel, uintptr_t grad, int64_t batch,
            int64_t height, int64_t width, int64_t channels, int64_t window, float eps, bool hard,
            uintptr_t grad_features, uintptr_t grad_mask, uintptr_t grad_log_kernel,
-           const std::string& isa, int num_threads) {
-          const KernelTable& table = require(isa);
+           bool is_bfloat16, const std::string& isa, int num_threads) {
+          const KernelTable& table = table_for_maps(is_bfloat16, isa);
           nb::gil_scoped_release release;
-          const SoftFillArrays a{ptr<const float>(features),
+          const SoftFillArrays a{ptr<const void>(features),
                                  ptr<const float>(mask),
                                  ptr<const float>(log_kernel),
                                  batch,
@@ -270,7 +276,7 @@ NB_MODULE(_kernels, m) {
                                  window,
                                  eps,
                                  hard};
-          soft_fill_backward(table, a, ptr<const float>(grad), ptr<float>(grad_features),
+          soft_fill_backward(table, a, ptr<const void>(grad), ptr<void>(grad_features),
                              ptr<float>(grad_mask), ptr<float>(grad_log_kernel), num_threads);
         });
   m.def("block_sizes", [](uintptr_t spec, int64_t height, int64_t width) {

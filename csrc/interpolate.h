@@ -4,7 +4,7 @@
 //     w_q = exp(log_kernel[q - p] - max over those sites)   (tables by level: no exp at run time)
 //     out[p][:] = sum_q w_q values[q][:] / sum_q w_q, then + residual, activation; sites are copied
 //
-// Rows are channels-last. A weight below 2^-30 of the total is below half an ULP of float32 and is
+// Rows are channels-last. A weight below 2^-26 of the total is below half an ULP of float32 and is
 // not read, which leaves one to four rows a hole at the published width. Included in an ISA-named
 // namespace.
 

@@ -16,9 +16,7 @@ namespace SPARSIGHT_ISA {
 #include "interpolate.h"
 #include "heads.h"
 #include "max_pool.h"
-#if !defined(SPARSIGHT_BFLOAT16)
 #include "soft_interpolate.h"
-#endif
 
 #define SPARSIGHT_STRING_(x) #x
 #define SPARSIGHT_STRING(x) SPARSIGHT_STRING_(x)
@@ -33,15 +31,9 @@ static const KernelTable table = {
     heads,
     fill,
     max_rows,
-#if !defined(SPARSIGHT_BFLOAT16)
     soft_fill,
     soft_fill_backward_rows,
     soft_fill_backward_sites,
-#else
-    nullptr,
-    nullptr,
-    nullptr,
-#endif
 };
 
 }  // namespace SPARSIGHT_ISA

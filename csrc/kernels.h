@@ -115,19 +115,21 @@ struct FillCall {
 // Fill with a float mask (training), forward and backward; all maps are dense rows of one image.
 struct SoftFillCall {
   int64_t height, width, channels, window;
-  const float* log_kernel;
-  float eps;              // < 0: exact softmax
-  const float* mask;      // height*width
-  const float* log_mask;  // height*width, -inf where the mask is 0
-  bool hard;              // mask is 0 or 1 and holes' features must not be read
-  const float* features;  // rows, stride = channels
-  float* output;          // forward only
+  const float* log_kernel;      // exact: relative to its largest value
+  const float* kernel;          // its exponential
+  const float* kernel_flipped;  // the same, last tap first
+  float eps;                    // < 0: exact softmax
+  const float* mask;            // height*width
+  bool hard;                    // mask is 0 or 1 and holes' features must not be read
+  const void* features;         // rows, stride = channels
+  void* output;                 // forward only
   // backward only
-  const float* grad;
+  const void* grad;
+  float* products;              // height*width x window^2 scratch: g_p . Y_q
   float* shift;                 // height*width scratch
   float* inverse;               // height*width scratch: 1 / denominator
   float* projected;             // height*width scratch: (1 - M_p) g_p . I_p
-  float* grad_features;         // rows
+  void* grad_features;          // rows
   float* grad_mask;             // height*width or null
   float* grad_log_kernel_rows;  // height x window^2 partial sums
 };
@@ -145,7 +147,6 @@ struct KernelTable {
   // Largest of `count` rows, channel by channel; float_output as in ConvCall.
   void (*max_rows)(const void* const* rows, int count, int64_t channels, void* out,
                    bool float_output);
-  // Training is float32: null in the other tables.
   void (*soft_fill)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
   void (*soft_fill_backward_rows)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
   void (*soft_fill_backward_sites)(const SoftFillCall&, int64_t row_begin, int64_t row_end);

@@ -161,53 +161,75 @@ void OwnedFillTables::build(const float* log_kernel, int64_t window, float negli
 
 namespace {
 
-SoftFillCall soft_call(const SoftFillArrays& a, int64_t image, float* log_mask) {
-  SoftFillCall call{};
-  call.height = a.height;
-  call.width = a.width;
-  call.channels = a.channels;
-  call.window = a.window;
-  call.log_kernel = a.log_kernel;
-  call.eps = a.eps;
-  call.hard = a.hard;
-  const int64_t positions = a.height * a.width;
-  call.mask = a.mask + image * positions;
-  for (int64_t i = 0; i < positions; ++i)
-    log_mask[i] = call.mask[i] > 0.0f
-                      ? std::log(std::max(call.mask[i], std::numeric_limits<float>::min()))
-                      : -std::numeric_limits<float>::infinity();
-  call.log_mask = log_mask;
-  call.features = a.features + image * positions * a.channels;
-  return call;
-}
+// The kernel of a soft fill in both forms, made once a call. Exact sums do not depend on its scale:
+// it is taken relative to its largest value, so that no useful weight under- or overflows.
+class SoftKernel {
+ public:
+  explicit SoftKernel(const SoftFillArrays& a) : log_kernel_(a.window * a.window) {
+    const int64_t taps = a.window * a.window;
+    float largest = 0.0f;
+    if (a.eps < 0.0f) {
+      largest = *std::max_element(a.log_kernel, a.log_kernel + taps);
+      if (!std::isfinite(largest)) largest = 0.0f;
+    }
+    for (int64_t t = 0; t < taps; ++t) {
+      log_kernel_[t] = a.log_kernel[t] - largest;
+      kernel_.push_back(std::exp(log_kernel_[t]));
+    }
+    flipped_.assign(kernel_.rbegin(), kernel_.rend());
+  }
+  SoftFillCall call(const SoftFillArrays& a, int64_t image, int64_t element_size) const {
+    SoftFillCall call{};
+    call.height = a.height;
+    call.width = a.width;
+    call.channels = a.channels;
+    call.window = a.window;
+    call.log_kernel = log_kernel_.data();
+    call.kernel = kernel_.data();
+    call.kernel_flipped = flipped_.data();
+    call.eps = a.eps;
+    call.hard = a.hard;
+    const int64_t positions = a.height * a.width;
+    call.mask = a.mask + image * positions;
+    call.features =
+        static_cast<const char*>(a.features) + image * positions * a.channels * element_size;
+    return call;
+  }
+
+ private:
+  std::vector<float> log_kernel_, kernel_, flipped_;
+};
 
 }  // namespace
 
-void soft_fill(const KernelTable& table, const SoftFillArrays& a, float* output, int num_threads) {
-  const int64_t positions = a.height * a.width;
-  float* log_mask = thread_scratch().get<float>(0, positions);
+void soft_fill(const KernelTable& table, const SoftFillArrays& a, void* output, int num_threads) {
+  const int64_t map_bytes = a.height * a.width * a.channels * table.element_size;
+  const SoftKernel kernel(a);
   for (int64_t image = 0; image < a.batch; ++image) {
-    SoftFillCall call = soft_call(a, image, log_mask);
-    call.output = output + image * positions * a.channels;
+    SoftFillCall call = kernel.call(a, image, table.element_size);
+    call.output = static_cast<char*>(output) + image * map_bytes;
     parallel_ranges(num_threads, a.height,
                     [&](int64_t b, int64_t e) { table.soft_fill(call, b, e); });
   }
 }
 
-void soft_fill_backward(const KernelTable& table, const SoftFillArrays& a, const float* grad,
-                        float* grad_features, float* grad_mask, float* grad_log_kernel,
+void soft_fill_backward(const KernelTable& table, const SoftFillArrays& a, const void* grad,
+                        void* grad_features, float* grad_mask, float* grad_log_kernel,
                         int num_threads) {
   const int64_t positions = a.height * a.width, taps = a.window * a.window;
+  const int64_t map_bytes = positions * a.channels * table.element_size;
+  const SoftKernel kernel(a);
   Scratch& scratch = thread_scratch();
-  float* log_mask = scratch.get<float>(0, positions);
+  float* products = scratch.get<float>(0, positions * taps);
   float* maps = scratch.get<float>(1, 3 * positions);
   float* rows = scratch.get<float>(2, a.height * taps);
   std::memset(grad_log_kernel, 0, sizeof(float) * taps);
   for (int64_t image = 0; image < a.batch; ++image) {
-    SoftFillCall call = soft_call(a, image, log_mask);
-    call.grad = grad + image * positions * a.channels;
-    call.grad_features = grad_features + image * positions * a.channels;
+    SoftFillCall call = kernel.call(a, image, table.element_size);
+    call.grad = static_cast<const char*>(grad) + image * map_bytes;
+    call.grad_features = static_cast<char*>(grad_features) + image * map_bytes;
     call.grad_mask = grad_mask ? grad_mask + image * positions : nullptr;
+    call.products = products;
     call.shift = maps;
     call.inverse = maps + positions;
     call.projected = maps + 2 * positions;

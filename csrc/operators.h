@@ -52,17 +52,17 @@ class OwnedFillTables {
 };
 
 struct SoftFillArrays {
-  const float* features;
+  const void* features;  // elements of the table
   const float* mask;
   const float* log_kernel;
   int64_t batch, height, width, channels, window;
   float eps;
   bool hard;
 };
-void soft_fill(const KernelTable& table, const SoftFillArrays& a, float* output, int num_threads);
+void soft_fill(const KernelTable& table, const SoftFillArrays& a, void* output, int num_threads);
 // grad_mask may be null. grad_log_kernel: window^2.
-void soft_fill_backward(const KernelTable& table, const SoftFillArrays& a, const float* grad,
-                        float* grad_features, float* grad_mask, float* grad_log_kernel,
+void soft_fill_backward(const KernelTable& table, const SoftFillArrays& a, const void* grad,
+                        void* grad_features, float* grad_mask, float* grad_log_kernel,
                         int num_threads);
 // Hard masks, out of place.
 void hard_fill(const KernelTable& table, const float* features, const uint8_t* mask,

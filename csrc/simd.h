@@ -85,6 +85,10 @@ static inline Vec add(Vec a, Vec b) {
 static inline Vec mul(Vec a, Vec b) {
   return {_mm512_mul_ps(a.v, b.v)};
 }
+// Bit i: whether lane i of a is greater than b's.
+static inline uint32_t above(Vec a, Vec b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ);
+}
 // max(a, b) with b returned when a is NaN would hide NaN: the operand order keeps it.
 static inline Vec relu(Vec a) {
   return {_mm512_max_ps(_mm512_setzero_ps(), a.v)};
@@ -132,6 +136,9 @@ static inline Vec add(Vec a, Vec b) {
 static inline Vec mul(Vec a, Vec b) {
   return {_mm256_mul_ps(a.v, b.v)};
 }
+static inline uint32_t above(Vec a, Vec b) {
+  return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ));
+}
 static inline Vec relu(Vec a) {
   return {_mm256_max_ps(_mm256_setzero_ps(), a.v)};
 }
@@ -165,6 +172,9 @@ static inline Vec add(Vec a, Vec b) {
 }
 static inline Vec mul(Vec a, Vec b) {
   return {a.v * b.v};
+}
+static inline uint32_t above(Vec a, Vec b) {
+  return a.v > b.v;
 }
 static inline Vec relu(Vec a) {
   return {a.v < 0.0f ? 0.0f : a.v};

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
-
-from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
-from sparsight.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from sparsight.train.architecture import Architecture, build_dense
 from sparsight.train.data import CamVid, SyntheticScenes, evaluation_transform, training_transform
-from sparsight.train.evaluate import measured_share, score
-from sparsight.train.losses import BudgetController, SamplingPrice, check_budget, settle_on_budget
 from sparsight.train.recipe import Recipe
-from sparsight.train.tasks import SegmentationTask
+from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
+from sparsight.train.segmentation_run import train_segmentation
 
 
 def camvid(
     *,
     data: str | None = None,
     model: Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50"] = "semantic_fpn",
-    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18",
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnext50_32x4d"] = "resnet18",
     is_dilated: bool = False,
+    is_deformable: bool = False,
     fpn_channels: int = 48,
     head_channels: int = 48,
     size: tuple[int, int] = (240, 320),
@@ -31,12 +26,19 @@ def camvid(
     batch_size: int = 8,
     accumulate: int = 1,
     lr: float = 1e-3,
+    method: Method = "sampled",
     budget: float | None = None,
     sampling_weight: float | None = None,
+    weights: Literal["macs", "published", "uniform"] = "macs",
     init: str | None = None,
-    layout: Literal["a", "b", "c"] = "b",
-    noise: Literal["white", "blue", "none"] = "white",
+    teacher: str | None = None,
+    layout: Layout = "b",
+    noise: Noise = "white",
     grid_stride: int | None = 11,
+    interpolation: InterpolationKind | None = "rbf",
+    eps: float | None = None,
+    straight_through: bool = False,
+    anneal_share: float = 1.0,
     seed: int = 0,
     out: str = "runs/camvid",
     resume: bool = False,
@@ -61,7 +63,8 @@ def camvid(
         data: folder with train/, trainannot/, val/, valannot/. Needed unless `quick`.
         model: architecture; torchvision's fcn and deeplabv3, or the semantic FPN.
         backbone: of the semantic FPN, random weights.
-        is_dilated: semantic FPN with dilation 2 and 4 in the last stages (resnet50 only).
+        is_dilated: semantic FPN with dilation 2 and 4 in the last stages (bottlenecks only).
+        is_deformable: semantic FPN with deformable stages 2 to 4 (resnet50 only).
         fpn_channels: width of the pyramid. 48 keeps most MACs in a small backbone.
         head_channels: width of the segmentation branch.
         size: height and width of the images in pixels, as 240x320. Scores are counted at the
@@ -70,13 +73,27 @@ def camvid(
         batch_size: images per step.
         accumulate: micro-batches per optimiser step.
         lr: peak learning rate of AdamW.
+        method: "sampled", the paper's; or a baseline: "resized" (the dense model on an input that
+            meets the budget; `size` is the full one), "relu_gate" (computed where an activation is
+            positive, zeros elsewhere), "perforated" (fixed patterns; the paper behind it fills with
+            `interpolation="nearest"`). The deterministic baseline is "sampled" with `noise="none"`.
         budget: share of the dense model's MACs to compute, in (0, 1], everything counted. None: a
             dense model, unless `sampling_weight` is given.
         sampling_weight: fixed weight of the expected share instead of a budget, as published.
+        weights: what `sampling_weight` is charged on: share of MACs, the published mean of
+            probabilities, or the plain mean over the masks.
         init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model.
+        teacher: checkpoint of a dense model that is learnt from beside the annotations; usually
+            the one of `init`.
         layout: masks per residual block: "a", "b" (the paper's default) or "c".
         noise: sampling noise: "white" (the paper), "blue", "none".
-        grid_stride: spacing of the pixels that are always computed; None for no grid.
+        grid_stride: spacing of the pixels that are always computed; the paper's 11, its ablation's
+            9 and 13, or None for no grid.
+        interpolation: kernel that fills what is not computed: "rbf" (the paper's default), "conv",
+            "average", "nearest"; None leaves zeros.
+        eps: added to the interpolation's denominator, 1e-5 in the published code; None is exact.
+        straight_through: train with hard masks and soft gradients; wants an `eps`.
+        anneal_share: part of the run in which the temperature falls, in (0, 1].
         seed: of weights, order, augmentation and noise.
         out: folder for the results: weights.safetensors, result.json, last.ckpt, log/metrics.csv.
         resume: go on from `out`/last.ckpt; repeat the other flags.
@@ -90,17 +107,10 @@ def camvid(
         What is also written to result.json: mIoU, IoU per class, MACs, share.
 
     Raises:
-        ValueError: no data, a budget outside (0, 1], a budget and a weight at once, or a checkpoint
-            of another architecture.
+        ValueError: no data, flags that contradict each other (see `sparsight.train.plan`), or a
+            checkpoint of another architecture.
         FileNotFoundError: data folders or checkpoint missing.
     """
-    if budget is not None:
-        check_budget(budget, name="camvid")
-        if sampling_weight is not None:
-            raise ValueError(
-                f"camvid: budget={budget} and sampling_weight={sampling_weight} were both given; "
-                "at most one is required; drop --sampling_weight to meet the budget."
-            )
     if data is None and not quick:
         raise ValueError(
             "camvid: no data folder was given; a folder with train/, trainannot/, val/ and "
@@ -120,41 +130,38 @@ def camvid(
         epochs, batch_size, num_workers, accumulate = 2, min(batch_size, 2), 0, 1
 
     is_fpn = model == "semantic_fpn"
-    is_sampled = budget is not None or sampling_weight is not None
-    architecture = Architecture(
+    dense = Architecture(
         model=model,
         num_classes=len(train_data.classes),
         backbone=backbone if is_fpn else None,
         is_dilated=is_dilated,
+        is_deformable=is_deformable,
         fpn_channels=fpn_channels if is_fpn else None,
         head_channels=head_channels if is_fpn else None,
         size=size,
-        sampling=Sampling(layout=layout, noise=noise, grid_stride=grid_stride)
-        if is_sampled
-        else None,
     )
-    L.seed_everything(seed, verbose=False)
-    if init is not None:
-        network, _ = load_checkpoint(init, expected=architecture)
-    else:
-        network = convert(build_dense(architecture), architecture)
-    objective: BudgetController | SamplingPrice | None = None
-    if budget is not None:
-        objective = BudgetController(budget)
-    elif sampling_weight is not None:
-        objective = SamplingPrice(sampling_weight)
-
-    folder = Path(out)
-    ignore_index = train_data.ignore_index
-    task = SegmentationTask(
-        network, architecture, ignore_index=ignore_index, objective=objective, lr=lr
+    planned = plan(
+        method=method,
+        sampling=Sampling(
+            layout=layout,
+            noise=noise,
+            grid_stride=grid_stride,
+            interpolation=interpolation,
+            eps=eps,
+            is_straight_through=straight_through,
+        ),
+        size=size,
+        budget=budget,
+        sampling_weight=sampling_weight,
+        weights=weights,
+        dense=lambda: build_dense(dense),
     )
     recipe = Recipe(
         train_data=train_data,
-        train_transform=training_transform(size, ignore_index=ignore_index),
+        train_transform=training_transform(planned.size, ignore_index=train_data.ignore_index),
         val_data=val_data,
-        val_transform=evaluation_transform(size),
-        out=folder,
+        val_transform=evaluation_transform(planned.size),
+        out=Path(out),
         epochs=epochs,
         batch_size=batch_size,
         seed=seed,
@@ -163,26 +170,17 @@ def camvid(
         accumulate=accumulate,
         max_batches=2 if quick else None,
         shows_progress=progress_bar,
+        anneal_share=anneal_share,
     )
-    recipe.fit(task, resume=resume)
-
-    network.cpu().eval()
-    result: dict[str, Any] = {
-        "task": "camvid segmentation",
-        "seed": seed,
-        "epochs": epochs,
-        "budget": budget,
-    }
-    if budget is not None:
-        batches = [images for images, _ in recipe.validation_batches()][:: 1 if quick else 4]
-        shift, share = settle_on_budget(network, lambda: measured_share(network, batches), budget)
-        result |= {"settling_shift": shift, "settled_share": share}
-    weights = folder / "weights.safetensors"
-    save_checkpoint(weights, network, architecture)
-    scored = score(
-        network, recipe.validation_batches(), ignore_index=ignore_index, classes=train_data.classes
+    return train_segmentation(
+        recipe,
+        name="camvid segmentation",
+        dense=dense,
+        planned=planned,
+        budget=budget,
+        lr=lr,
+        init=init,
+        teacher=teacher,
+        resume=resume,
+        details={"method": method},
     )
-    result |= dataclasses.asdict(scored) | {"architecture": architecture.to_json()}
-    write_atomically(folder / "result.json", json.dumps(result, indent=2).encode())
-    print(f"{scored}\nweights: {weights}")
-    return result

@@ -4,6 +4,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from sparsight.models import semantic_fpn
+from sparsight.nn import DeformableConv2d
 
 
 def small(**keywords) -> nn.Module:
@@ -85,3 +86,43 @@ def test_bad_arguments_are_named(arguments, message):
     backbone = arguments.pop("backbone")
     with pytest.raises(ValueError, match=message):
         semantic_fpn(backbone, **arguments)
+
+
+@pytest.mark.slow
+def test_a_deformable_backbone_starts_where_the_plain_one_is():
+    torch.manual_seed(0)
+    model = semantic_fpn(
+        "resnet50",
+        num_classes=3,
+        is_dilated=True,
+        is_deformable=True,
+        fpn_channels=8,
+        head_channels=8,
+    ).eval()
+    plain = semantic_fpn(
+        "resnet50", num_classes=3, is_dilated=True, fpn_channels=8, head_channels=8
+    ).eval()
+    missing = plain.load_state_dict(model.state_dict(), strict=False)
+    assert not missing.missing_keys
+    assert all(".conv2.offset." in key for key in missing.unexpected_keys)
+    moving = [m for m in model.modules() if isinstance(m, DeformableConv2d)]
+    assert len(moving) == 4 + 6 + 3
+    assert {m.dilation for m in moving} == {(1, 1), (2, 2), (4, 4)}
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x)["out"], plain(x)["out"], atol=1e-4, rtol=1e-3)
+
+
+def test_what_a_backbone_cannot_be_is_said():
+    with pytest.raises(ValueError, match=r"is_deformable=True with backbone='resnet18'"):
+        semantic_fpn("resnet18", num_classes=3, is_deformable=True)
+    with pytest.raises(ValueError, match=r"is_dilated=True with backbone='resnet34'"):
+        semantic_fpn("resnet34", num_classes=3, is_dilated=True)
+    with pytest.raises(ValueError, match="came with a backbone module"):
+        semantic_fpn(torch.nn.Identity(), num_classes=3, is_dilated=True)
+
+
+def test_resnext_is_a_backbone():
+    model = semantic_fpn("resnext50_32x4d", num_classes=3, fpn_channels=8, head_channels=8).eval()
+    assert model.backbone.layer1[0].conv2.groups == 32
+    assert model(torch.zeros(1, 3, 32, 32))["out"].shape == (1, 3, 32, 32)

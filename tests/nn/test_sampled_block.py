@@ -21,7 +21,9 @@ from sparsight.nn import (
     SampledBlock,
     Sampler,
     ZeroFill,
+    record_sampling,
 )
+from sparsight.nn.sampler import join_heads
 
 KINDS = {
     "basic": (BasicBlock, {}),
@@ -367,3 +369,41 @@ def test_bad_features_are_refused(x, error, message):
 def test_unknown_layout_is_refused():
     with pytest.raises(ValueError, match=r"SampledBlock: layout is 'd'.*pass 'b'"):
         convert(make_block("bottleneck"), "d")
+
+
+@pytest.mark.parametrize("layout", ["a", "b", "c"])
+@pytest.mark.parametrize("cls", [BasicBlock, Bottleneck])
+def test_joined_heads_decide_and_learn_as_single_ones(cls, layout, monkeypatch):
+    """One convolution for all heads of a stride: the same masks, records and gradients."""
+    torch.manual_seed(0)
+    source = cls(16, 16 if cls is BasicBlock else 4)
+    block = SampledBlock(source, layout=layout, sampler=Sampler, interpolation=RBFInterpolation())
+    for sampler in block.samplers:
+        torch.nn.init.normal_(sampler.head.weight, std=0.1)
+    x = torch.randn(2, 16, 9, 8)
+    results = []
+    for joins in (True, False):
+        if not joins:
+            single = [None] * len(block.samplers)
+            monkeypatch.setattr(SampledBlock, "_joined_logits", lambda *_, single=single: single)
+        block.zero_grad()
+        torch.manual_seed(1)
+        with record_sampling(block) as record:
+            block.train()(x).square().mean().backward()
+        grads = [p.grad for p in block.parameters()]
+        results.append(([d.mask for d in record.decisions], grads))
+    (masks, grads), (single_masks, single_grads) = results
+    assert len(masks) == len(block.samplers)
+    assert all(torch.equal(a, b) for a, b in zip(masks, single_masks, strict=True))
+    for a, b in zip(grads, single_grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_heads_with_hooks_or_of_other_strides_stay_single():
+    x = torch.randn(1, 4, 8, 8)
+    samplers = [Sampler(4), Sampler(4, stride=2), Sampler(4)]
+    joined = join_heads(samplers, x)
+    assert joined[1] is None and joined[0].shape == joined[2].shape == (1, 1, 8, 8)
+    samplers[0].head.register_forward_hook(lambda *args: None)
+    assert join_heads(samplers, x) == [None, None, None]
+    assert join_heads([sampler.eval() for sampler in samplers], x) == [None, None, None]

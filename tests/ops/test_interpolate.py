@@ -451,3 +451,42 @@ def test_bad_input_is_refused_with_its_name_and_a_way_out(name):
             arguments["log_kernel"],
             eps=arguments["eps"],
         )
+
+
+@pytest.mark.parametrize("width", [0.5, 3.0, 9.0])
+def test_a_window_that_nearly_vanishes_is_divided_exactly(
+    rbf_log_kernel, assert_within_bound, width
+):
+    """Masks down to 1e-37 beside a narrow kernel: the weights still sum to one."""
+    torch.manual_seed(0)
+    features = torch.randn(2, 5, 9, 11)
+    mask = 10 ** (-37 * torch.rand(2, 1, 9, 11))
+    kernel = rbf_log_kernel(7, width)
+    for given in (mask, mask * (torch.rand_like(mask) < 0.1)):
+        truth = reference.interpolate(features.double(), given.double(), kernel.double(), None)
+        twin = reference.interpolate(features, given, kernel, None)
+        y = interpolate(features, given, kernel)
+        assert_within_bound("interpolate", y, truth, twin, features.abs().max().item(), width)
+
+
+@pytest.mark.skipif(not cpu.has_bfloat16(), reason="no AVX-512 BF16 on this CPU or build")
+@pytest.mark.parametrize("eps", [None, 1e-5])
+@pytest.mark.parametrize("channels", [1, 15, 16, 70])
+def test_bfloat16_maps_give_what_their_float32_gives_rounded(rbf_log_kernel, channels, eps):
+    """Forward and backward read and write bfloat16 rows; every sum is float32."""
+    torch.manual_seed(0)
+    features = torch.randn(2, channels, 9, 11).bfloat16()
+    mask, kernel = torch.rand(2, 1, 9, 11), rbf_log_kernel(7, 1.5)
+    grad = torch.randn(2, channels, 9, 11).bfloat16()
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        given = (features.to(dtype), mask, kernel)
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in given]
+        y = interpolate(*leaves, eps=eps)
+        y.backward(grad.to(dtype))
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    narrow, wide = results
+    assert torch.equal(narrow[0], wide[0].bfloat16())
+    assert torch.equal(narrow[1], wide[1].bfloat16())
+    assert narrow[2].dtype == narrow[3].dtype == torch.float32
+    assert torch.equal(narrow[2], wide[2]) and torch.equal(narrow[3], wide[3])

@@ -1,9 +1,16 @@
 import math
 from itertools import pairwise
 
+import lightning as L
 import pytest
 
-from sparsight.train.annealing import geometric_temperature, published_temperature, warmup_cosine
+from sparsight.nn import Sampler
+from sparsight.train.annealing import (
+    TemperatureAnnealing,
+    geometric_temperature,
+    published_temperature,
+    warmup_cosine,
+)
 
 
 def test_the_published_schedule_ends_where_the_paper_ends():
@@ -46,3 +53,26 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert all(b < a for a, b in pairwise(factors[10:]))
     assert factors[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
     assert factors[100] == pytest.approx(0.0)
+
+
+def test_annealing_may_end_before_the_run_does():
+    class Trainer:
+        estimated_stepping_batches = 100
+        global_step = 0
+
+    module = L.LightningModule()
+    module.sampler = Sampler(4)
+    module.log = lambda *args: None
+    callback = TemperatureAnnealing(share=0.6)
+    seen = []
+    for Trainer.global_step in (0, 30, 59, 60, 99):
+        callback.on_train_batch_start(Trainer(), module, None, 0)
+        seen.append(module.sampler.temperature)
+    assert seen[0] == 1.0 and seen[2:] == pytest.approx([0.03] * 3)
+    assert seen[1] == geometric_temperature(30, total_steps=60)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.2])
+def test_a_part_that_is_no_part_is_refused(share):
+    with pytest.raises(ValueError, match=r"TemperatureAnnealing: share=.*\(0, 1\]"):
+        TemperatureAnnealing(share=share)

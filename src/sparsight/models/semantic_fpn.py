@@ -6,13 +6,15 @@ Letters in shapes: B batch, C channels, H W height and width in pixels, K number
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BackboneName = Literal["resnet18", "resnet34", "resnet50"]
+from sparsight.nn import DeformableBlock
+
+BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnext50_32x4d"]
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -153,18 +155,23 @@ def semantic_fpn(
     *,
     num_classes: int,
     is_dilated: bool = False,
+    is_deformable: bool = False,
     fpn_channels: int = 256,
     head_channels: int = 128,
 ) -> SemanticFPN:
     """Return a semantic FPN with random weights, or with those of the backbone that was passed in.
 
     Args:
-        backbone: "resnet18", "resnet34" or "resnet50" (torchvision's, random weights), or a ResNet
-            with torchvision's attribute names, whose modules are used as they are (not copied).
+        backbone: "resnet18", "resnet34", "resnet50" or "resnext50_32x4d" (torchvision's, random
+            weights), or a ResNet with torchvision's attribute names, whose modules are used as they
+            are (not copied).
         num_classes: number of classes K, at least 1.
         is_dilated: stages 3 and 4 keep stride 8 and use dilation 2 and 4, as in the sampling
             paper's segmentation runs. Bottleneck ResNets only (torchvision's basic block has no
             dilation); applies to a backbone asked for by name.
+        is_deformable: the 3x3 convolutions of stages 2 to 4 are deformable, with offsets made of
+            the block's input, as in the source's detector; they start where plain ones are. Of a
+            bottleneck backbone without groups asked for by name.
         fpn_channels: width of the pyramid, 256 in the source. Small backbones are better served by
             64.
         head_channels: width of the segmentation branch, 128 in the source; a multiple of 4.
@@ -173,8 +180,8 @@ def semantic_fpn(
         A module that maps (B, 3, H, W) to `{"out": (B, K, H, W)}`.
 
     Raises:
-        ValueError: unknown backbone, a class count below 1, or dilation asked of a basic-block
-            ResNet.
+        ValueError: unknown backbone, a class count below 1, or dilation or deformation asked of a
+            backbone that cannot have it.
 
     Example:
         >>> model = semantic_fpn("resnet18", num_classes=11, fpn_channels=64, head_channels=64)
@@ -190,9 +197,15 @@ def semantic_fpn(
             f"semantic_fpn: num_classes={num_classes}; at least one class is required; pass the "
             "number of classes without the ignored one."
         )
-    resnet = (
-        _named_resnet(backbone, is_dilated=is_dilated) if isinstance(backbone, str) else backbone
-    )
+    if isinstance(backbone, str):
+        resnet = _named_resnet(backbone, is_dilated=is_dilated, is_deformable=is_deformable)
+    elif is_dilated or is_deformable:
+        raise ValueError(
+            "semantic_fpn: is_dilated or is_deformable came with a backbone module, but they "
+            "change a backbone asked for by name only; change the module, or pass its name."
+        )
+    else:
+        resnet = backbone
     stages = ResNetStages(resnet)
     channels, strides = _probe(stages)
     return SemanticFPN(
@@ -205,23 +218,35 @@ def semantic_fpn(
     )
 
 
-def _named_resnet(name: str, *, is_dilated: bool) -> nn.Module:
-    if name not in ("resnet18", "resnet34", "resnet50"):
+def _named_resnet(name: str, *, is_dilated: bool, is_deformable: bool) -> nn.Module:
+    if name not in get_args(BackboneName):
+        known = ", ".join(map(repr, get_args(BackboneName)))
         raise ValueError(
-            f"semantic_fpn: backbone={name!r}; one of 'resnet18', 'resnet34', 'resnet50' or a "
-            "module is required; build any other backbone yourself and pass it."
+            f"semantic_fpn: backbone={name!r}; one of {known} or a module is required; build any "
+            "other backbone yourself and pass it."
         )
-    if is_dilated and name != "resnet50":
+    if is_dilated and name in ("resnet18", "resnet34"):
         raise ValueError(
             f"semantic_fpn: is_dilated=True with backbone={name!r}; torchvision's basic block has "
             "no dilation; use 'resnet50' or is_dilated=False."
+        )
+    if is_deformable and name != "resnet50":
+        raise ValueError(
+            f"semantic_fpn: is_deformable=True with backbone={name!r}; a bottleneck without groups "
+            "is required, whose stride is at its 3x3 convolution; use 'resnet50' or "
+            "is_deformable=False."
         )
     from torchvision.models import (
         resnet as zoo,
     )  # heavy: only for those who ask for a backbone by name
 
     keywords = {"replace_stride_with_dilation": [False, True, True]} if is_dilated else {}
-    return getattr(zoo, name)(weights=None, **keywords)
+    resnet = getattr(zoo, name)(weights=None, **keywords)
+    if is_deformable:
+        for stage in (resnet.layer2, resnet.layer3, resnet.layer4):
+            for i, block in enumerate(stage):
+                stage[i] = DeformableBlock(block)
+    return resnet
 
 
 def _probe(stages: ResNetStages) -> tuple[list[int], list[int]]:

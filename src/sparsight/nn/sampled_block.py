@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparsight.nn.deform_conv import DeformableConv2d
-from sparsight.nn.sampled_conv import macs_per_position
+from sparsight.nn.sampled_conv import check_gate, macs_per_position
+from sparsight.nn.sampler import join_heads
 
 __all__ = ["Layout", "SampledBlock"]
 
@@ -68,7 +69,8 @@ class SampledBlock(nn.Module):
         interpolation: a module, copied for each decision, or a callable that returns one.
 
     Raises:
-        ValueError: if `layout` is unknown.
+        ValueError: if `layout` is unknown, or a gate (:class:`ReLUGate`) is paired with another
+            interpolation than :class:`ZeroFill`.
 
     Source: Xie et al., ECCV 2020, arXiv 2003.08866, section 3.4 and figure 4. The published code
     interpolates conv3's input. That is the same where the weights sum to one, and a quarter of the
@@ -120,6 +122,7 @@ class SampledBlock(nn.Module):
                 interpolations.append(copy.deepcopy(interpolation))
             else:
                 interpolations.append(interpolation())
+            check_gate("SampledBlock", samplers[-1], interpolations[-1])
         self.samplers = nn.ModuleList(samplers)
         self.interpolations = nn.ModuleList(interpolations)
         # Only these: the children keep their modes, norms in eval mode under a training block too.
@@ -142,7 +145,10 @@ class SampledBlock(nn.Module):
 
         Gradient: to `x`, all parameters, and through the relaxed masks to the samplers.
         """
-        masks = [sampler(x).weights for sampler in self.samplers]
+        masks = [
+            (sampler(x) if logits is None else sampler(x, logits)).weights
+            for sampler, logits in zip(self.samplers, self._joined_logits(x), strict=True)
+        ]
         parts = self.convolutions()
         last = len(parts) - 1
 
@@ -162,6 +168,12 @@ class SampledBlock(nn.Module):
 
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.relu(branch + shortcut)
+
+    def _joined_logits(self, x: Tensor) -> list[Tensor | None]:
+        """Logits that one convolution makes for several samplers, in training; None elsewhere."""
+        if not self.training or x.ndim != 4 or x.shape[1] != self.conv1.in_channels:
+            return [None] * len(self.samplers)
+        return join_heads(list(self.samplers), x)
 
     def convolutions(self) -> list[tuple[str, nn.Conv2d, nn.Module, int]]:
         """Every convolution of the residual branch: (name, convolution, norm, decision index)."""

@@ -1,6 +1,8 @@
 """From features to a decision: which positions of a map are worth computing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,7 +28,8 @@ class SamplingDecision:
         probability: (B, 1, Ho, Wo) float32 in [0, 1]; sigmoid of the logits, before noise and grid.
             Carries the gradient of the sampling loss.
         relaxed: (B, 1, Ho, Wo) float32 in [0, 1] in training mode, 1 on the grid: the mask that
-            task gradients flow through. None in eval mode.
+            task gradients flow through. None in eval mode. Of a gate, in both modes: the factor,
+            not negative, that what is computed is multiplied by.
     """
 
     mask: Bool[Tensor, "B 1 Ho Wo"]
@@ -35,7 +38,7 @@ class SamplingDecision:
 
     @property
     def weights(self) -> Tensor:
-        """The mask to interpolate with: `relaxed` in training, `mask` in eval."""
+        """The mask to interpolate with: `relaxed` where there is one, else `mask`."""
         return self.mask if self.relaxed is None else self.relaxed
 
 
@@ -136,6 +139,12 @@ class Sampler(nn.Module):
         ranks = blue_noise_ranks(TILE_SIZE).to(device) if noise == "blue" else None
         self.register_buffer("ranks", ranks, persistent=False)
 
+    @property
+    def level(self) -> Tensor:
+        """What moves the density as a whole: the head's bias, in logits."""
+        assert self.head.bias is not None
+        return self.head.bias
+
     def extra_repr(self) -> str:
         """The settings, for repr."""
         parts = [f"noise={self.noise!r}", f"grid_stride={self.grid_stride}", f"seed={self.seed}"]
@@ -184,11 +193,14 @@ class Sampler(nn.Module):
             self.head.padding = (0, 0)
             self.border = (left, right, top, bottom)
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> SamplingDecision:
+    def forward(
+        self, x: Float[Tensor, "B C H W"], logits: Float[Tensor, "B 1 Ho Wo"] | None = None
+    ) -> SamplingDecision:
         """Decide which positions to compute.
 
         Args:
             x: (B, C, H, W) float, the input of the gated layer; any memory format, down to 1x1.
+            logits: what the head makes of `x`, where the caller has it already, see `join_heads`.
 
         Returns:
             The decision, at the output resolution of the gated layer.
@@ -202,6 +214,8 @@ class Sampler(nn.Module):
         Gradient: of `relaxed` and `probability` to `x` and the head.
         """
         self._check(x)
+        if logits is not None:
+            return self.decide(logits)
         if self.border is not None:
             x = nn.functional.pad(x, self.border)
         return self.decide(self.head(x))
@@ -288,3 +302,38 @@ class Sampler(nn.Module):
                 f"Sampler (layer {self.layer}): features have dtype {x.dtype} and the head "
                 f"{weight.dtype}, but they must agree; cast one of them, or use autocast."
             )
+
+
+def join_heads(samplers: Sequence[nn.Module], x: Tensor) -> list[Tensor | None]:
+    """Logits of several samplers from one convolution, for the step of training.
+
+    A convolution to one channel reads its whole input for little work, forward and backward: two
+    together take hardly longer than one.
+
+    Args:
+        samplers: that read the same features.
+        x: (B, C, H, W) float, the features.
+
+    Returns:
+        By sampler its logits (B, 1, Ho, Wo), or None where there is nothing to join: a single
+        sampler, one that is not plainly a :class:`Sampler` in training mode, whose head carries
+        hooks, or whose stride no other has.
+    """
+    logits: list[Tensor | None] = [None] * len(samplers)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, sampler in enumerate(samplers):
+        if type(sampler) is not Sampler or not sampler.training or sampler.border is not None:
+            continue
+        head = sampler.head
+        if type(head) is nn.Conv2d and not (head._forward_hooks or head._forward_pre_hooks):
+            groups.setdefault((*head.stride, *map(int, head.padding)), []).append(i)
+    for (down, right, *padding), members in groups.items():
+        heads = [cast(Sampler, samplers[i]).head for i in members]
+        if len(heads) == 1 or x.ndim != 4 or any(h.bias is None for h in heads):
+            continue
+        weight = torch.cat([head.weight for head in heads])
+        bias = torch.cat([cast(Tensor, head.bias) for head in heads])
+        joined = nn.functional.conv2d(x, weight, bias, (down, right), padding)
+        for i, part in zip(members, joined.split(1, dim=1), strict=True):
+            logits[i] = part
+    return logits

@@ -226,12 +226,16 @@ def interpolate(
     num_threads: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Float32 kernel form of `reference.interpolate`, forward only."""
+    """Kernel form of `reference.interpolate`, forward only.
+
+    Features are float32; with a float mask also bfloat16, where there are kernels for it.
+    """
     features = _rows(features)
     mask = mask.contiguous()
     log_kernel = log_kernel.contiguous()
     out = torch.empty_like(features) if out is None else out
-    kernel = _kernels.hard_fill if mask.dtype == torch.bool else _kernels.soft_fill
+    is_hard = mask.dtype == torch.bool
+    kernel = _kernels.hard_fill if is_hard else _kernels.soft_fill
     batch, channels, height, width = features.shape
     kernel(
         features.data_ptr(),
@@ -244,6 +248,7 @@ def interpolate(
         log_kernel.shape[0],
         -1.0 if eps is None else eps,
         out.data_ptr(),
+        *(() if is_hard else (features.dtype == torch.bfloat16,)),
         isa,
         _threads(num_threads),
     )
@@ -260,10 +265,10 @@ def interpolate_backward(
     isa: str = "auto",
     num_threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Float32 kernel form of `reference.interpolate_backward`."""
+    """Kernel form of `reference.interpolate_backward`; features as in `interpolate`."""
     hard = mask.dtype == torch.bool
     grad, features = _rows(grad), _rows(features)
-    soft = mask.to(features.dtype).contiguous()
+    soft = mask.float().contiguous()
     log_kernel = log_kernel.contiguous()
     grad_features = torch.empty_like(features)
     grad_mask = None if hard else torch.empty_like(soft)
@@ -284,6 +289,7 @@ def interpolate_backward(
         grad_features.data_ptr(),
         _pointer(grad_mask),
         grad_log_kernel.data_ptr(),
+        features.dtype == torch.bfloat16,
         isa,
         _threads(num_threads),
     )

@@ -13,9 +13,11 @@ LIBRARY.define(
 )
 
 
-def _has_kernel(features: Tensor, log_kernel: Tensor) -> bool:
+def _has_kernel(features: Tensor, mask: Tensor, log_kernel: Tensor) -> bool:
+    # Bfloat16 is what training in mixed precision has; at inference the fill is part of a block.
+    is_narrow = features.dtype == torch.bfloat16 and mask.dtype == torch.float32
     return (
-        features.dtype == torch.float32
+        (features.dtype == torch.float32 or (is_narrow and cpu.has_bfloat16()))
         and log_kernel.dtype == torch.float32
         and log_kernel.shape[0] <= cpu.MAX_WINDOW
     )
@@ -33,7 +35,7 @@ def _interpolate_any(
 def _interpolate_cpu(
     features: Tensor, mask: Tensor, log_kernel: Tensor, eps: float | None
 ) -> Tensor:
-    if not _has_kernel(features, log_kernel):
+    if not _has_kernel(features, mask, log_kernel):
         return _interpolate_any(features, mask, log_kernel, eps)
     return cpu.interpolate(features, mask, log_kernel, eps)
 
@@ -59,7 +61,7 @@ def _backward_any(
 def _backward_cpu(
     grad: Tensor, features: Tensor, mask: Tensor, log_kernel: Tensor, eps: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _has_kernel(features, log_kernel):
+    if not _has_kernel(features, mask, log_kernel):
         return _backward_any(grad, features, mask, log_kernel, eps)
     return cpu.interpolate_backward(grad, features, mask, log_kernel, eps)
 
@@ -121,7 +123,8 @@ def interpolate(
         ValueError: shapes or devices do not fit, the window is even, eps is not positive.
 
     Cost: at most K*K MACs per channel and hole. On the CPU a compiled float32 kernel runs, which
-    skips weights below 2^-30 of the sum; half precision pays for a cast to float32 and back around
+    skips weights below 2^-26 of the sum; with a float mask it reads and writes bfloat16 as it is,
+    where the CPU has AVX-512 BF16, else half precision pays for a cast to float32 and back around
     it. float64, windows above 15 and other devices run `ops.reference`.
 
     Gradient: with respect to features, a float mask, and log_kernel.
@@ -186,5 +189,8 @@ def interpolate(
     # Half precision would lose the exponents: at least float32 inside, whatever autocast made.
     dtype = torch.promote_types(features.dtype, torch.float32)
     soft = mask if mask.dtype == torch.bool else mask.to(dtype)
-    filled = torch.ops.sparsight.interpolate(features.to(dtype), soft, log_kernel.to(dtype), eps)
+    log_kernel = log_kernel.to(dtype)
+    if features.device.type == "cpu" and _has_kernel(features, soft, log_kernel):
+        return torch.ops.sparsight.interpolate(features, soft, log_kernel, eps)
+    filled = torch.ops.sparsight.interpolate(features.to(dtype), soft, log_kernel, eps)
     return filled.to(features.dtype)

@@ -5,29 +5,35 @@ disk as safetensors with its architecture, and its score. May import: measure, c
 and below. Needs the extra `sparsight[train]`; `pictures` needs `sparsight[report]` too.
 """
 
+from sparsight.nn.budget import BudgetController, SamplingPrice, settle_on_budget
 from sparsight.train.annealing import (
     TemperatureAnnealing,
     geometric_temperature,
     published_temperature,
 )
-from sparsight.train.architecture import Architecture, Sampling
+from sparsight.train.architecture import Architecture
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
 from sparsight.train.evaluate import Score, score
-from sparsight.train.losses import BudgetController, SamplingPrice, settle_on_budget
 from sparsight.train.recipe import Recipe
+from sparsight.train.sampled_task import SampledTask
+from sparsight.train.sampling import Plan, Sampling, apply_sampling, plan
 from sparsight.train.tasks import SegmentationTask
 
 __all__ = [
     "Architecture",
     "BudgetController",
+    "Plan",
     "Recipe",
+    "SampledTask",
     "Sampling",
     "SamplingPrice",
     "Score",
     "SegmentationTask",
     "TemperatureAnnealing",
+    "apply_sampling",
     "geometric_temperature",
     "load_checkpoint",
+    "plan",
     "published_temperature",
     "save_checkpoint",
     "score",

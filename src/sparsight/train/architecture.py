@@ -7,40 +7,41 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sparsight.convert import sparsify
-from sparsight.models import semantic_fpn, torchvision_segmentation
-from sparsight.nn import Sampler
+from sparsight.models import (
+    resnet_cifar,
+    semantic_fpn,
+    torchvision_resnet,
+    torchvision_segmentation,
+)
+from sparsight.train.sampling import Sampling, apply_sampling
 
-ModelName = Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50"]
-Layout = Literal["a", "b", "c"]
-Noise = Literal["white", "blue", "none"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a model was converted by `sparsight.sparsify`.
-
-    Attributes:
-        layout: masks per block, "a" one, "b" (paper's default) two, "c" one per convolution.
-        noise: "white" as published, "blue", or "none" for the deterministic baseline.
-        grid_stride: every grid_stride-th row and column is always computed; 11 as published, None
-            for no grid.
-    """
-
-    layout: Layout = "b"
-    noise: Noise = "white"
-    grid_stride: int | None = 11
+ModelName = Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50", "resnet", "resnet_cifar"]
+Backbone = Literal[
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnext50_32x4d",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A segmentation model.
+    """A model for segmentation or classification.
 
     Attributes:
-        model: "semantic_fpn", or torchvision's "fcn_resnet50" or "deeplabv3_resnet50".
+        model: "semantic_fpn", or torchvision's "fcn_resnet50" or "deeplabv3_resnet50"; for
+            classes of whole images "resnet", torchvision's, or "resnet_cifar".
         num_classes: classes without the ignored one.
-        backbone: ResNet of the semantic FPN; None for torchvision's models.
-        is_dilated: semantic FPN with dilation 2 and 4 in the last stages (resnet50 only).
+        backbone: ResNet of the semantic FPN, or which ResNet classifies: "resnet20" to "resnet110"
+            are those for CIFAR. None for torchvision's segmentation models.
+        is_dilated: semantic FPN with dilation 2 and 4 in the last stages (bottlenecks only).
+        is_deformable: semantic FPN with deformable 3x3 convolutions in stages 2 to 4 (resnet50
+            only).
         fpn_channels: width of the pyramid; None for torchvision's models.
         head_channels: width of the segmentation branch; None for torchvision's models.
         size: (height, width) in pixels that the images were resized to.
@@ -49,8 +50,9 @@ class Architecture:
 
     model: ModelName = "semantic_fpn"
     num_classes: int = 11
-    backbone: Literal["resnet18", "resnet34", "resnet50"] | None = "resnet18"
+    backbone: Backbone | None = "resnet18"
     is_dilated: bool = False
+    is_deformable: bool = False
     fpn_channels: int | None = 48
     head_channels: int | None = 48
     size: tuple[int, int] = (240, 320)
@@ -62,9 +64,13 @@ class Architecture:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Architecture:
-        """Return what `to_json` described; ValueError for unknown or missing fields."""
+        """Return what `to_json` described; ValueError for unknown or missing fields.
+
+        What was added later than the first release of the format may be missing: it has its
+        default.
+        """
         known = {field.name for field in fields(Architecture)}
-        if set(values) != known:
+        if not known - {"is_deformable"} <= set(values) <= known:
             raise ValueError(
                 f"Architecture.from_json: fields {sorted(values)} arrived; {sorted(known)} are "
                 "required; the checkpoint was written by another version of sparsight: evaluate "
@@ -89,12 +95,12 @@ class Architecture:
         ]
         if other.sampling is not None and self.sampling is None:
             found.append("it is sampled, not dense")
-        elif (
-            other.sampling is not None
-            and self.sampling is not None
-            and other.sampling.layout != self.sampling.layout
-        ):
-            found.append(f"layout is {other.sampling.layout!r}, not {self.sampling.layout!r}")
+        elif other.sampling is not None and self.sampling is not None:
+            found += [
+                f"{name} is {getattr(other.sampling, name)!r}, not {getattr(self.sampling, name)!r}"
+                for name in ("layout", "sampler", "interpolation")
+                if getattr(other.sampling, name) != getattr(self.sampling, name)
+            ]
         return found
 
 
@@ -102,14 +108,23 @@ def build_dense(architecture: Architecture) -> nn.Module:
     """Return the dense model of `architecture`, with random weights.
 
     Returns:
-        A module (B, 3, H, W) -> {"out": (B, num_classes, H, W)}.
+        A module (B, 3, H, W) -> {"out": (B, num_classes, H, W)}; one that classifies whole images
+        -> (B, num_classes).
     """
+    if architecture.model == "resnet_cifar":
+        depth = int((architecture.backbone or "").removeprefix("resnet"))
+        return resnet_cifar(depth, num_classes=architecture.num_classes)
+    if architecture.model == "resnet":
+        assert architecture.backbone in ("resnet18", "resnet34", "resnet50")
+        return torchvision_resnet(architecture.backbone, num_classes=architecture.num_classes)
     if architecture.model == "semantic_fpn":
-        assert architecture.backbone is not None
+        backbone = architecture.backbone
+        assert backbone in ("resnet18", "resnet34", "resnet50", "resnext50_32x4d")
         return semantic_fpn(
-            architecture.backbone,
+            backbone,
             num_classes=architecture.num_classes,
             is_dilated=architecture.is_dilated,
+            is_deformable=architecture.is_deformable,
             fpn_channels=architecture.fpn_channels or 256,
             head_channels=architecture.head_channels or 128,
         )
@@ -123,13 +138,4 @@ def convert(dense: nn.Module, architecture: Architecture) -> nn.Module:
         dense: what `build_dense` returned, with or without trained weights.
         architecture: its `sampling` says how to convert.
     """
-    if architecture.sampling is None:
-        return dense
-    sampling = architecture.sampling
-
-    def sampler(in_channels: int, *, stride: int = 1) -> Sampler:
-        return Sampler(
-            in_channels, stride=stride, noise=sampling.noise, grid_stride=sampling.grid_stride
-        )
-
-    return sparsify(dense, layout=sampling.layout, sampler=sampler)
+    return apply_sampling(dense, architecture.sampling)

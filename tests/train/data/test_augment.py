@@ -11,6 +11,7 @@ from sparsight.train.data.augment import (
     normalised_picture,
     training_transform,
 )
+from sparsight.train.data.synthetic import SyntheticScenes
 
 IGNORE = 11
 
@@ -120,3 +121,24 @@ def test_neighbouring_seeds_are_unrelated():
     bits = [bin(mix_seed(0, 0, i) ^ mix_seed(0, 0, i + 1)).count("1") for i in range(100)]
     assert 25 < sum(bits) / len(bits) < 38
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_target_of_boxes_and_a_class_come_out_plain():
+    boxes = tv_tensors.BoundingBoxes(
+        torch.tensor([[0.0, 0.0, 2.0, 2.0]]), format="XYXY", canvas_size=(4, 4)
+    )
+    items = [(tv_tensors.Image(torch.zeros(3, 4, 4)), target) for target in ({"boxes": boxes}, 7)]
+    view = SeededView(items, lambda image, target: (image, target))  # type: ignore[arg-type]
+    image, target = view[0]
+    assert type(image) is torch.Tensor
+    assert type(target["boxes"]) is torch.Tensor
+    assert view[1][1] == 7
+
+
+def test_a_crop_is_cut_from_the_scaled_image():
+    scenes = SyntheticScenes(1, size=(64, 96), seed=0)
+    transform = training_transform((64, 96), ignore_index=255, crop=(32, 40), scale=(1.0, 1.0))
+    torch.manual_seed(0)
+    image, labels = transform(*scenes[0])
+    assert image.shape == (3, 32, 40) and labels.shape == (32, 40)
+    assert not (labels == 255).any()  # nothing had to be padded

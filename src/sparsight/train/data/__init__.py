@@ -1,8 +1,8 @@
-"""Images and annotations as datasets: CamVid from a folder, and street scenes drawn on the spot.
+"""Images and annotations as datasets: CamVid, CIFAR-10, ImageNet, and what is drawn on the spot.
 
-Enters: a folder or a seed. Leaves: `(image, class map)` pairs as torchvision tv_tensors. A training
-item is a pure function of (seed, epoch, index), so an interrupted run can go on exactly, with any
-number of workers. May import: torch, torchvision, numpy, PIL.
+Enters: a folder or a seed. Leaves: pairs of an image, as torchvision's tv_tensor, and a class map
+or a class. A training item is a pure function of (seed, epoch, index), so an interrupted run can go
+on exactly, with any number of workers. May import: torch, torchvision, numpy, PIL.
 """
 
 from sparsight.train.data.augment import (
@@ -12,13 +12,33 @@ from sparsight.train.data.augment import (
     training_transform,
 )
 from sparsight.train.data.camvid import CamVid
+from sparsight.train.data.cifar10 import (
+    CIFAR10,
+    cifar10_evaluation_transform,
+    cifar10_training_transform,
+)
+from sparsight.train.data.cityscapes import Cityscapes
+from sparsight.train.data.imagenet import (
+    ImageFolders,
+    imagenet_evaluation_transform,
+    imagenet_training_transform,
+)
 from sparsight.train.data.synthetic import SyntheticScenes
+from sparsight.train.data.synthetic_classes import SyntheticClasses
 
 __all__ = [
+    "CIFAR10",
     "CamVid",
+    "Cityscapes",
     "EpochSampler",
+    "ImageFolders",
     "SeededView",
+    "SyntheticClasses",
     "SyntheticScenes",
+    "cifar10_evaluation_transform",
+    "cifar10_training_transform",
     "evaluation_transform",
+    "imagenet_evaluation_transform",
+    "imagenet_training_transform",
     "training_transform",
 ]

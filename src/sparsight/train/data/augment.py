@@ -18,17 +18,22 @@ Transform = Callable[..., Any]
 
 
 def training_transform(
-    size: tuple[int, int], *, ignore_index: int, scale: tuple[float, float] = (0.75, 1.75)
+    size: tuple[int, int],
+    *,
+    ignore_index: int,
+    scale: tuple[float, float] = (0.75, 1.75),
+    crop: tuple[int, int] | None = None,
 ) -> Transform:
-    """Return random scale, crop to `size`, horizontal flip, normalisation.
+    """Return random scale, random crop, horizontal flip, normalisation.
 
     Args:
-        size: (height, width) of the crop in pixels.
+        size: (height, width) in pixels that the image is fitted into, at scale 1.
         ignore_index: class of the pixels added where a small image had to be padded.
         scale: range of the scale relative to the image fitted into `size`.
+        crop: (height, width) of what is cut out; None: `size`.
 
     Returns:
-        A callable (image, class map) -> (float32 (3, *size), int64 size).
+        A callable (image, class map) -> (float32 (3, *crop), int64 crop).
     """
     fill: dict[Any, Any] = {
         tv_tensors.Image: [round(255 * m) for m in MEAN],
@@ -37,9 +42,9 @@ def training_transform(
     return v2.Compose(
         [
             v2.ScaleJitter(target_size=size, scale_range=scale, antialias=True),
-            v2.RandomCrop(size, pad_if_needed=True, fill=fill),
+            v2.RandomCrop(crop or size, pad_if_needed=True, fill=fill),
             v2.RandomHorizontalFlip(),
-            *_normalise(),
+            *normalise(),
         ]
     )
 
@@ -62,27 +67,39 @@ def evaluation_transform(size: tuple[int, int]) -> Transform:
 
 def normalised_picture(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Return uint8 pixels (3, h, w) as what models take: float32 (3, *size), normalised."""
-    resize = v2.Compose([v2.Resize(size, antialias=True), *_normalise()])
+    resize = v2.Compose([v2.Resize(size, antialias=True), *normalise()])
     return resize(tv_tensors.Image(pixels)).as_subclass(torch.Tensor)
 
 
-def _normalise() -> list[Transform]:
+def normalise() -> list[Transform]:
+    """Return the steps from a uint8 image to float32, normalised; annotations stay as they are."""
     return [
         v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
         v2.Normalize(MEAN, STD),
     ]
 
 
-class SeededView(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+def image_only(steps: list[Transform]) -> Transform:
+    """Return a transform of (image, class) pairs that sends the image through `steps`."""
+    composed = v2.Compose(steps)
+
+    def transform(image: tv_tensors.Image, label: int) -> tuple[Any, int]:
+        return composed(image), label
+
+    return transform
+
+
+class SeededView(Dataset[Any]):
     """A dataset seen through a random transform that draws from (seed, epoch, index) only.
 
     Args:
-        dataset: yields (image, class map).
+        dataset: yields (image, annotation); a class map, a class, or a detector's target.
         transform: applied to the pair; may draw from torch's global generator.
         seed: first part of what decides the draws.
 
     Indexed by `(epoch, index)`, as `EpochSampler` yields it, or by `index` alone (epoch 0). The
-    state of the global generator is the same before and after.
+    state of the global generator is the same before and after. Tensors come out plain, at any
+    depth: a tv_tensor would drag its wrapping through the model.
     """
 
     def __init__(self, dataset: Dataset[Any], transform: Transform, *, seed: int = 0) -> None:
@@ -93,12 +110,20 @@ class SeededView(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset declares no __len__
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix_seed(self.seed, epoch, index))
-            image, labels = self.transform(*self.dataset[index])
-        return image.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
+            image, annotation = self.transform(*self.dataset[index])
+        return _plain(image), _plain(annotation)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.as_subclass(torch.Tensor)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

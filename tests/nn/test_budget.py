@@ -1,16 +1,19 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
+from sparsight.convert import sparsify
 from sparsight.measure import count_macs
-from sparsight.nn import Sampler
-from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
-from sparsight.train.losses import (
+from sparsight.nn import PerforatedSampler, ReLUGate, Sampler, ZeroFill, record_sampling
+from sparsight.nn.budget import (
     BudgetController,
     SamplingPrice,
     check_budget,
+    sampler_levels,
     settle_on_budget,
 )
+from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
 
 
 @pytest.mark.parametrize("budget", [0.0, -0.1, 1.01, float("nan")])
@@ -106,3 +109,33 @@ def test_settling_on_what_is_already_met_changes_nothing():
     model = nn.Sequential(Sampler(2))
     assert settle_on_budget(model, lambda: 0.5, 0.5) == (0.0, 0.5)
     assert model[0].head.bias.item() == 3.0
+
+
+@pytest.mark.parametrize("weights", ["macs", "published", "uniform"])
+def test_a_fixed_price_is_charged_on_what_was_asked_for(weights):
+    torch.manual_seed(0)
+    model = sparsify(torch.nn.Sequential(Bottleneck(16, 4)))
+    biases = (0.3, -1.1)
+    for sampler, bias in zip(model[0].samplers, biases, strict=True):
+        torch.nn.init.constant_(sampler.head.bias, bias)
+    p = [torch.tensor(bias).sigmoid().item() for bias in biases]
+    with record_sampling(model) as record:
+        model(torch.randn(1, 16, 8, 8))
+        macs = [d.macs for d in record.decisions]
+        total = 2 * sum(macs)
+        share = SamplingPrice(0.1, weights=weights).expected_share(record, total_macs=total)
+    expected = {
+        "macs": 0.5 + (macs[0] * p[0] + macs[1] * p[1]) / total,
+        "published": 0.25 * p[0] + 0.75 * p[1],
+        "uniform": 0.5 * (p[0] + p[1]),
+    }
+    assert share.item() == pytest.approx(expected[weights], rel=1e-5)
+
+
+def test_levels_of_samplers_and_gates_are_shifted_together():
+    net = torch.nn.Sequential(Bottleneck(16, 4))
+    sampled, gated = sparsify(net), sparsify(net, sampler=ReLUGate, interpolation=ZeroFill)
+    fixed = sparsify(net, sampler=PerforatedSampler)
+    assert [level.item() for level in sampler_levels(sampled)] == [3.0, 3.0]
+    assert sampler_levels(gated) == [gate.norm.bias for gate in gated[0].samplers]
+    assert sampler_levels(fixed) == sampler_levels(net) == []

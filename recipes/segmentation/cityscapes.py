@@ -1,0 +1,201 @@
+"""Semantic segmentation of Cityscapes, dense or sampled: the setting of the sampling paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from sparsight.train.architecture import Architecture, build_dense
+from sparsight.train.data import (
+    Cityscapes,
+    SyntheticScenes,
+    evaluation_transform,
+    training_transform,
+)
+from sparsight.train.recipe import Recipe
+from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
+from sparsight.train.segmentation_run import train_segmentation
+
+
+def cityscapes(
+    *,
+    data: str | None = None,
+    model: Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50"] = "semantic_fpn",
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnext50_32x4d"] = "resnet50",
+    is_dilated: bool = True,
+    is_deformable: bool = False,
+    fpn_channels: int = 256,
+    head_channels: int = 128,
+    size: tuple[int, int] = (1024, 2048),
+    crop: tuple[int, int] = (512, 1024),
+    epochs: int = 64,
+    batch_size: int = 8,
+    accumulate: int = 1,
+    lr: float = 1e-3,
+    method: Method = "sampled",
+    budget: float | None = None,
+    sampling_weight: float | None = None,
+    weights: Literal["macs", "published", "uniform"] = "macs",
+    init: str | None = None,
+    teacher: str | None = None,
+    layout: Layout = "b",
+    noise: Noise = "white",
+    grid_stride: int | None = 11,
+    interpolation: InterpolationKind | None = "rbf",
+    eps: float | None = None,
+    straight_through: bool = False,
+    anneal_share: float = 1.0,
+    seed: int = 0,
+    out: str = "runs/cityscapes",
+    resume: bool = False,
+    num_workers: int = 2,
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+    progress_bar: bool = True,
+    quick: bool = False,
+) -> dict[str, Any]:
+    """Train a segmentation model on Cityscapes and score it on the validation images.
+
+    Paper: Xie et al., ECCV 2020, arXiv 2003.08866: semantic FPN with a dilated (2, 4) ResNet-50,
+    optionally deformable; loss weights .05, .1, .2 and .3; the dense network at shorter sides 1024,
+    896, 736 and 512. Schedule, crop and learning rate of its segmentation runs are not published:
+    those here are ours.
+    Data: Cityscapes as torchvision reads it, 2,975 training and 500 validation images of 1024x2048,
+    fine annotations; 19 classes, the others are not counted.
+    Command: `sparsight train recipes/segmentation/cityscapes.py --data DIR --out runs/dense`, then
+    `--init runs/dense/weights.safetensors --sampling-weight 0.1 --weights published --out
+    runs/sampled` for each weight.
+    Expected score, hours and hardware: not run here.
+
+    Args:
+        data: folder with leftImg8bit/ and gtFine/. Needed unless `quick`.
+        model: architecture; torchvision's fcn and deeplabv3, or the semantic FPN.
+        backbone: of the semantic FPN, random weights.
+        is_dilated: semantic FPN with dilation 2 and 4 in the last stages (bottlenecks only).
+        is_deformable: semantic FPN with deformable stages 2 to 4 (resnet50 only).
+        fpn_channels: width of the pyramid.
+        head_channels: width of the segmentation branch.
+        size: height and width of the images in pixels, as 1024x2048. Scores are counted at the
+            annotations' own size.
+        crop: height and width of what is cut from an image scaled by .75 to 1.75, for training.
+        epochs: passes over the training images.
+        batch_size: images per step.
+        accumulate: micro-batches per optimiser step.
+        lr: peak learning rate of AdamW.
+        method: "sampled", the paper's; or a baseline: "resized" (the dense model on an input that
+            meets the budget; `size` is the full one), "relu_gate" (computed where an activation is
+            positive, zeros elsewhere), "perforated" (fixed patterns; the paper behind it fills with
+            `interpolation="nearest"`). The deterministic baseline is "sampled" with `noise="none"`.
+        budget: share of the dense model's MACs to compute, in (0, 1], everything counted. None: a
+            dense model, unless `sampling_weight` is given.
+        sampling_weight: fixed weight of the expected share instead of a budget, as published.
+        weights: what `sampling_weight` is charged on: share of MACs, the published mean of
+            probabilities, or the plain mean over the masks.
+        init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model.
+        teacher: checkpoint of a dense model that is learnt from beside the annotations; usually
+            the one of `init`.
+        layout: masks per residual block: "a", "b" (the paper's default) or "c".
+        noise: sampling noise: "white" (the paper), "blue", "none".
+        grid_stride: spacing of the pixels that are always computed; the paper's 11, its ablation's
+            9 and 13, or None for no grid.
+        interpolation: kernel that fills what is not computed: "rbf" (the paper's default), "conv",
+            "average", "nearest"; None leaves zeros.
+        eps: added to the interpolation's denominator, 1e-5 in the published code; None is exact.
+        straight_through: train with hard masks and soft gradients; wants an `eps`.
+        anneal_share: part of the run in which the temperature falls, in (0, 1].
+        seed: of weights, order, augmentation and noise.
+        out: folder for the results: weights.safetensors, result.json, last.ckpt, log/metrics.csv.
+        resume: go on from `out`/last.ckpt; repeat the other flags.
+        num_workers: processes that read images.
+        precision: of training; validation and evaluation of the final weights run in float32.
+        progress_bar: draw it.
+        quick: two epochs of two batches; on drawn scenes where no data is given. Proves that the
+            recipe runs.
+
+    Returns:
+        What is also written to result.json: mIoU, IoU per class, MACs, share.
+
+    Raises:
+        ValueError: no data, flags that contradict each other (see `sparsight.train.plan`), or a
+            checkpoint of another architecture.
+        FileNotFoundError: data folders or checkpoint missing.
+    """
+    if data is None and not quick:
+        raise ValueError(
+            "cityscapes: no data folder was given; a folder with leftImg8bit/ and gtFine/ is "
+            "required; pass --data DIR (Cityscapes, from cityscapes-dataset.com after "
+            "registration), or --quick true to run on drawn scenes."
+        )
+    if quick and data is None:
+        size, crop = (64, 128), (64, 128)
+    train_data: Cityscapes | SyntheticScenes
+    val_data: Cityscapes | SyntheticScenes
+    if data is not None:
+        train_data, val_data = Cityscapes(data, "train"), Cityscapes(data, "val")
+    else:
+        train_data, val_data = (
+            SyntheticScenes(8, size=size, seed=1),
+            SyntheticScenes(4, size=size, seed=2),
+        )
+    if quick:
+        epochs, batch_size, num_workers, accumulate = 2, min(batch_size, 2), 0, 1
+
+    is_fpn = model == "semantic_fpn"
+    dense = Architecture(
+        model=model,
+        num_classes=len(train_data.classes),
+        backbone=backbone if is_fpn else None,
+        is_dilated=is_dilated,
+        is_deformable=is_deformable,
+        fpn_channels=fpn_channels if is_fpn else None,
+        head_channels=head_channels if is_fpn else None,
+        size=size,
+    )
+    planned = plan(
+        method=method,
+        sampling=Sampling(
+            layout=layout,
+            noise=noise,
+            grid_stride=grid_stride,
+            interpolation=interpolation,
+            eps=eps,
+            is_straight_through=straight_through,
+        ),
+        size=size,
+        budget=budget,
+        sampling_weight=sampling_weight,
+        weights=weights,
+        dense=lambda: build_dense(dense),
+    )
+    # A resized input is cropped in proportion, so that a crop shows as much of the scene.
+    height, width = (max(1, c * p // s) for c, p, s in zip(crop, planned.size, size, strict=True))
+    cropped = height, width
+    recipe = Recipe(
+        train_data=train_data,
+        train_transform=training_transform(
+            planned.size, crop=cropped, ignore_index=train_data.ignore_index
+        ),
+        val_data=val_data,
+        val_transform=evaluation_transform(planned.size),
+        out=Path(out),
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        num_workers=num_workers,
+        precision=precision,
+        accumulate=accumulate,
+        max_batches=2 if quick else None,
+        shows_progress=progress_bar,
+        anneal_share=anneal_share,
+    )
+    return train_segmentation(
+        recipe,
+        name="cityscapes segmentation",
+        dense=dense,
+        planned=planned,
+        budget=budget,
+        lr=lr,
+        init=init,
+        teacher=teacher,
+        resume=resume,
+        details={"method": method},
+    )

@@ -1,0 +1,102 @@
+"""A segmentation run from the plan to the result: what every segmentation recipe does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import lightning as L
+
+from sparsight.nn.budget import settle_on_budget
+from sparsight.train.architecture import Architecture, build_dense, convert
+from sparsight.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from sparsight.train.evaluate import measured_share, score
+from sparsight.train.recipe import Recipe
+from sparsight.train.sampling import Plan
+from sparsight.train.tasks import SegmentationTask
+
+_SETTLING_STRIDE = 4  # every fourth validation batch finds the level that meets the budget
+
+
+def train_segmentation(
+    recipe: Recipe,
+    *,
+    name: str,
+    dense: Architecture,
+    planned: Plan,
+    budget: float | None,
+    lr: float,
+    init: str | None = None,
+    teacher: str | None = None,
+    resume: bool = False,
+    details: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train, settle on the budget, save and score.
+
+    Args:
+        recipe: data, transforms, schedule and folder; its data sets have `classes` and
+            `ignore_index`.
+        name: of the task, for the result.
+        dense: the dense architecture at its full size.
+        planned: what `sparsight.train.plan` made of the flags.
+        budget: share of the dense MACs, for the result and where `planned.settles`.
+        lr: peak learning rate.
+        init: checkpoint to start from.
+        teacher: checkpoint of a dense model to learn from.
+        resume: go on from the recipe's folder.
+        details: further entries of the result.
+
+    Returns:
+        What is written to result.json: mIoU, IoU per class, MACs, share, architecture.
+
+    Raises:
+        ValueError: a checkpoint of another architecture.
+        FileNotFoundError: a checkpoint, or the state to resume, is missing.
+    """
+    data: Any = recipe.val_data
+    architecture = dataclasses.replace(dense, size=planned.size, sampling=planned.sampling)
+    L.seed_everything(recipe.seed, verbose=False)
+    if init is not None:
+        network, _ = load_checkpoint(init, expected=architecture)
+    else:
+        network = convert(build_dense(architecture), architecture)
+    learnt_from = None
+    if teacher is not None:
+        learnt_from, _ = load_checkpoint(teacher, expected=dense)
+    task = SegmentationTask(
+        network,
+        architecture,
+        ignore_index=data.ignore_index,
+        objective=planned.objective,
+        lr=lr,
+        teacher=learnt_from,
+    )
+    recipe.fit(task, resume=resume)
+
+    network.cpu().eval()
+    result: dict[str, Any] = {
+        "task": name,
+        "seed": recipe.seed,
+        "epochs": recipe.epochs,
+        "budget": budget,
+        **(details or {}),
+    }
+    if planned.settles:
+        assert budget is not None
+        batches = [images for images, _ in recipe.validation_batches()]
+        batches = batches[:: 1 if recipe.max_batches else _SETTLING_STRIDE]
+        shift, share = settle_on_budget(network, lambda: measured_share(network, batches), budget)
+        result |= {"settling_shift": shift, "settled_share": share}
+    weights = recipe.out / "weights.safetensors"
+    save_checkpoint(weights, network, architecture)
+    scored = score(
+        network,
+        recipe.validation_batches(),
+        ignore_index=data.ignore_index,
+        classes=data.classes,
+    )
+    result |= dataclasses.asdict(scored) | {"architecture": architecture.to_json()}
+    write_atomically(recipe.out / "result.json", json.dumps(result, indent=2).encode())
+    print(f"{scored}\nweights: {weights}")
+    return result

@@ -1,0 +1,79 @@
+"""A run from the plan to the result, on two drawn scenes."""
+
+import json
+
+import pytest
+
+from sparsight.train.architecture import Architecture, build_dense
+from sparsight.train.checkpoint import read_architecture
+from sparsight.train.data import SyntheticScenes, evaluation_transform, training_transform
+from sparsight.train.recipe import Recipe
+from sparsight.train.sampling import Sampling, plan
+from sparsight.train.segmentation_run import train_segmentation
+
+SIZE = (32, 48)
+DENSE = Architecture(num_classes=6, fpn_channels=8, head_channels=8, size=SIZE)
+
+
+def run(out, teacher=None, init=None, **keywords):
+    planned = plan(
+        **(
+            {
+                "method": "sampled",
+                "sampling": Sampling(),
+                "size": SIZE,
+                "budget": None,
+                "sampling_weight": None,
+                "dense": lambda: build_dense(DENSE),
+            }
+            | keywords
+        )
+    )
+    recipe = Recipe(
+        train_data=SyntheticScenes(2, size=SIZE, seed=1),
+        train_transform=training_transform(planned.size, ignore_index=255),
+        val_data=SyntheticScenes(2, size=SIZE, seed=2),
+        val_transform=evaluation_transform(planned.size),
+        out=out,
+        epochs=1,
+        batch_size=2,
+        max_batches=2,
+        shows_progress=False,
+        anneal_share=0.6,
+    )
+    return train_segmentation(
+        recipe,
+        name="scenes",
+        dense=DENSE,
+        planned=planned,
+        budget=keywords.get("budget"),
+        lr=1e-3,
+        init=init,
+        teacher=teacher,
+        details={"method": keywords.get("method", "sampled")},
+    )
+
+
+def test_a_student_starts_from_and_learns_from_its_dense_teacher(tmp_path):
+    dense = run(tmp_path / "dense")
+    weights = str(tmp_path / "dense" / "weights.safetensors")
+    assert dense["share"] == 1.0 and "settling_shift" not in dense
+    sampled = run(tmp_path / "sampled", init=weights, teacher=weights, budget=0.8)
+    assert sampled["settled_share"] == pytest.approx(0.8, abs=0.05)
+    stored = json.loads((tmp_path / "sampled" / "result.json").read_text())
+    assert stored["budget"] == 0.8 and stored["method"] == "sampled"
+    architecture = read_architecture(tmp_path / "sampled" / "weights.safetensors")
+    assert architecture.sampling == Sampling()
+
+
+@pytest.mark.parametrize("method", ["resized", "perforated", "relu_gate"])
+def test_a_baseline_is_a_run_like_any_other(tmp_path, method):
+    sampling = Sampling(interpolation="nearest")
+    result = run(tmp_path, method=method, budget=0.8, sampling=sampling)
+    assert result["method"] == method and 0 <= result["miou"] <= 1
+    stored = read_architecture(tmp_path / "weights.safetensors")
+    if method == "resized":
+        assert stored.sampling is None and stored.size != SIZE
+    else:
+        assert stored.sampling.sampler == method
+        assert result["share"] <= 0.85
