@@ -5,7 +5,8 @@ contract of torchvision's models, ready for `sparsight.sparsify`. May import: nn
 torchvision only to build a backbone that was asked for by name.
 """
 
+from sparsight.models.faster_rcnn import faster_rcnn
 from sparsight.models.semantic_fpn import SemanticFPN, semantic_fpn
 from sparsight.models.torchvision_segmentation import torchvision_segmentation
 
-__all__ = ["SemanticFPN", "semantic_fpn", "torchvision_segmentation"]
+__all__ = ["SemanticFPN", "faster_rcnn", "semantic_fpn", "torchvision_segmentation"]
