@@ -103,3 +103,11 @@ def test_the_noise_of_a_step_depends_on_the_step_alone():
         callback.on_train_batch_start(Trainer(), L.LightningModule(), None, 3)
         draws.append(torch.rand(4))
     assert torch.equal(*draws)
+
+
+def test_batches_are_made_as_the_task_takes_them(tmp_path):
+    made = replace(make_recipe(tmp_path), collate_fn=lambda items: [image for image, _ in items])
+    for batches in (made.validation_batches(), made._training_batches()):
+        batch = next(iter(batches))
+        assert isinstance(batch, list)
+        assert [tuple(image.shape) for image in batch] == [(3, 32, 48)] * 2

@@ -15,12 +15,14 @@ from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
 from sparsight.train.evaluate import Score, score
 from sparsight.train.losses import BudgetController, SamplingPrice, settle_on_budget
 from sparsight.train.recipe import Recipe
+from sparsight.train.sampled_task import SampledTask
 from sparsight.train.tasks import SegmentationTask
 
 __all__ = [
     "Architecture",
     "BudgetController",
     "Recipe",
+    "SampledTask",
     "Sampling",
     "SamplingPrice",
     "Score",

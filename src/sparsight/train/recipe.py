@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from sparsight.train.annealing import TemperatureAnnealing
 from sparsight.train.checkpoint import AtomicCheckpointIO
 from sparsight.train.data.augment import EpochSampler, SeededView, Transform, mix_seed
-from sparsight.train.tasks import SegmentationTask
+from sparsight.train.sampled_task import SampledTask
 
 _STATE_NAME = "last"
 
@@ -49,7 +49,8 @@ class Recipe:
     """A training run that can be interrupted and resumed exactly.
 
     Attributes:
-        train_data: yields (image, class map) pairs as tv_tensors.
+        train_data: yields (image, annotation) pairs, of tv_tensors or plain values, in the form
+            that the transforms take.
         train_transform: random transform of a pair; draws only from torch's global generator.
         val_data: as `train_data`.
         val_transform: deterministic transform of a pair.
@@ -62,6 +63,8 @@ class Recipe:
         precision: as Lightning's; "bf16-mixed" halves the time of a step on CPUs with AVX512-BF16.
         accumulate: micro-batches per optimiser step.
         max_batches: at most so many batches an epoch and in validation; None for all.
+        collate_fn: makes a batch of a list of transformed items, in the form that the task takes;
+            None stacks them. Detectors need one: their images differ in size.
         shows_progress: draw a progress bar.
     """
 
@@ -77,13 +80,15 @@ class Recipe:
     precision: Any = "32-true"
     accumulate: int = 1
     max_batches: int | None = None
+    collate_fn: Callable[[list[Any]], Any] | None = None
     shows_progress: bool = True
 
-    def fit(self, task: SegmentationTask, *, resume: bool = False) -> None:
+    def fit(self, task: SampledTask, *, resume: bool = False) -> None:
         """Train `task` in place, for what is left of `epochs`.
 
         Args:
-            task: its weights are where training starts; replaced by the stored ones when resuming.
+            task: says what loss and metric are. Its weights are where training starts; replaced by
+                the stored ones when resuming.
             resume: continue from `out/last.ckpt`.
 
         Raises:
@@ -140,6 +145,7 @@ class Recipe:
             batch_size=self.batch_size,
             sampler=EpochSampler(len(view), seed=self.seed),
             num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
             drop_last=True,
             persistent_workers=self.num_workers > 0,
         )
@@ -147,7 +153,12 @@ class Recipe:
     def validation_batches(self) -> DataLoader[Any]:
         """Return the validation images in batches, in order."""
         view = SeededView(self.val_data, self.val_transform, seed=self.seed)
-        return DataLoader(view, batch_size=self.batch_size, num_workers=self.num_workers)
+        return DataLoader(
+            view,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
+        )
 
 
 @contextmanager

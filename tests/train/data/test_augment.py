@@ -120,3 +120,15 @@ def test_neighbouring_seeds_are_unrelated():
     bits = [bin(mix_seed(0, 0, i) ^ mix_seed(0, 0, i + 1)).count("1") for i in range(100)]
     assert 25 < sum(bits) / len(bits) < 38
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_target_of_boxes_and_a_class_come_out_plain():
+    boxes = tv_tensors.BoundingBoxes(
+        torch.tensor([[0.0, 0.0, 2.0, 2.0]]), format="XYXY", canvas_size=(4, 4)
+    )
+    items = [(tv_tensors.Image(torch.zeros(3, 4, 4)), target) for target in ({"boxes": boxes}, 7)]
+    view = SeededView(items, lambda image, target: (image, target))  # type: ignore[arg-type]
+    image, target = view[0]
+    assert type(image) is torch.Tensor
+    assert type(target["boxes"]) is torch.Tensor
+    assert view[1][1] == 7

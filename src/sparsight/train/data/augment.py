@@ -73,16 +73,17 @@ def _normalise() -> list[Transform]:
     ]
 
 
-class SeededView(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+class SeededView(Dataset[Any]):
     """A dataset seen through a random transform that draws from (seed, epoch, index) only.
 
     Args:
-        dataset: yields (image, class map).
+        dataset: yields (image, annotation); a class map, a class, or a detector's target.
         transform: applied to the pair; may draw from torch's global generator.
         seed: first part of what decides the draws.
 
     Indexed by `(epoch, index)`, as `EpochSampler` yields it, or by `index` alone (epoch 0). The
-    state of the global generator is the same before and after.
+    state of the global generator is the same before and after. Tensors come out plain, at any
+    depth: a tv_tensor would drag its wrapping through the model.
     """
 
     def __init__(self, dataset: Dataset[Any], transform: Transform, *, seed: int = 0) -> None:
@@ -93,12 +94,20 @@ class SeededView(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset declares no __len__
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix_seed(self.seed, epoch, index))
-            image, labels = self.transform(*self.dataset[index])
-        return image.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
+            image, annotation = self.transform(*self.dataset[index])
+        return _plain(image), _plain(annotation)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.as_subclass(torch.Tensor)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -1,0 +1,251 @@
+"""What every task shares: the price of computing, its measurement, the optimiser, the schedule."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from sparsight.measure import MacCount, count_macs
+from sparsight.nn import Sampler, record_sampling
+from sparsight.nn.objective import sampling_loss
+from sparsight.train.annealing import warmup_cosine
+from sparsight.train.architecture import Architecture
+from sparsight.train.losses import BudgetController, SamplingPrice, mean_of
+
+_NUM_MEASURED_BATCHES = 4
+
+
+class SampledTask(L.LightningModule, ABC):
+    """Trains a model, dense or sampled; a task says what its batches, loss and metric are.
+
+    A task implements `task_loss`, `update_metric` and `compute_metric`. One whose model takes
+    anything but the batch's first element, as one tensor, also replaces `inputs_of`, `num_images`
+    and `dense_macs`.
+
+    Args:
+        model: what is trained; `inputs_of(batch)` is its argument.
+        architecture: what `model` is; saved with the training state and checked when it is resumed.
+        objective: price of computing; None for a dense model. It is charged the expected share of
+            the dense MACs of the whole model.
+        lr: peak learning rate of AdamW; linear warm-up, then a half cosine to 0.
+        scalar_lr_factor: learning rate of the samplers' biases and the interpolations' widths over
+            that of the rest. They are single numbers with far to go in short runs: a logit from 3
+            to below 0, an RBF width from 3 to about 1.
+        weight_decay: of weights of convolutions; not of norms, biases, samplers and interpolations.
+        warmup: share of the run over which the learning rate rises.
+
+    Logs per epoch: `loss`, what `compute_metric` returns; sampled: `expected_share`, `multiplier`,
+    `val_share` (measured share of the dense MACs on a few validation batches, everything counted).
+    """
+
+    recent_share: Tensor
+    objective: BudgetController | SamplingPrice | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        *,
+        objective: BudgetController | SamplingPrice | None = None,
+        lr: float = 1e-3,
+        scalar_lr_factor: float = 10.0,
+        weight_decay: float = 1e-2,
+        warmup: float = 0.05,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.architecture = architecture
+        self.lr = lr
+        self.scalar_lr_factor = scalar_lr_factor
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+        self._macs_per_image: dict[tuple[int, ...], int] = {}
+        self._pending: list[float] = []  # expected shares since the last optimiser step
+        self._measured: list[float] = []
+        # What the objective saw lately; a buffer, so that a resumed run calibrates as the
+        # uninterrupted one.
+        self.register_buffer("recent_share", torch.ones(()))
+
+    @abstractmethod
+    def task_loss(self, batch: Any) -> Tensor:
+        """Return the scalar loss of a training batch; calls `self.model` exactly once."""
+
+    @abstractmethod
+    def update_metric(self, batch: Any) -> None:
+        """Run the model on a validation batch and count what it got right."""
+
+    @abstractmethod
+    def compute_metric(self) -> dict[str, Any]:
+        """Return what was counted since the last call, by name ("val_..."), and forget it."""
+
+    def inputs_of(self, batch: Any) -> Any:
+        """Return what the model takes: here the batch's first element, channels-last."""
+        return batch[0].contiguous(memory_format=torch.channels_last)
+
+    def num_images(self, batch: Any) -> int:
+        """Return how many images a batch holds."""
+        return len(batch[0])
+
+    def dense_macs(self, batch: Any) -> int:
+        """Return the dense model's MACs of the whole batch, heads and all.
+
+        Counted once per image size, on zeros.
+        """
+        images: Tensor = batch[0]
+        size = tuple(images.shape[1:])
+        if size not in self._macs_per_image:
+            was_training = self.model.training
+            with torch.no_grad():
+                zeros = torch.zeros(1, *size, device=images.device)
+                self._macs_per_image[size] = count_macs(self.model.eval(), zeros).dense
+            self.model.train(was_training)
+        return self._macs_per_image[size] * len(images)
+
+    def counted_macs(self, batch: Any) -> MacCount:
+        """Return what the model, in eval mode, computes for a validation batch."""
+        return count_macs(self.model, self.inputs_of(batch))
+
+    def on_fit_start(self) -> None:
+        """Train the whole model, also one that was evaluated before: lightning keeps modes."""
+        self.train()
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's optimiser steps that are done, in [0, 1]."""
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        return min(1.0, self.trainer.global_step / total)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the task's loss plus the price of computing."""
+        logged: dict[str, Any] = {
+            "on_step": False,
+            "on_epoch": True,
+            "prog_bar": True,
+            "batch_size": self.num_images(batch),
+        }
+        if self.objective is None:
+            loss = self.task_loss(batch)
+            self.log("loss", loss, **logged)
+            return loss
+        total = self.dense_macs(batch)
+        with record_sampling(self.model) as record:
+            task_loss = self.task_loss(batch)
+            share = sampling_loss(record, total_macs=total)
+        loss = task_loss + self.objective(share, progress=self.progress)
+        self._pending.append(float(share.detach()))
+        self.log("loss", task_loss, **logged)
+        self.log("expected_share", share, **logged)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the price follow the expected share, once per optimiser step."""
+        if self.objective is None or not self._pending:
+            return
+        share = mean_of(self._pending)
+        self._pending.clear()
+        self.recent_share.lerp_(torch.tensor(share), 0.1)
+        total = int(self.trainer.estimated_stepping_batches)
+        self.objective.update(share, progress=self.progress, total_steps=total)
+        if isinstance(self.objective, BudgetController):
+            self.log("multiplier", self.objective.multiplier)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Update the metric; on a few batches, spread over the set, also count MACs."""
+        self.update_metric(batch)
+        num_batches = int(sum(self.trainer.num_val_batches))
+        if (
+            self.objective is not None
+            and batch_idx % max(1, num_batches // _NUM_MEASURED_BATCHES) == 0
+        ):
+            counted = self.counted_macs(batch)
+            self._measured.append(counted.total / counted.dense)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metric; tell the controller what the expected share leaves out."""
+        for name, value in self.compute_metric().items():
+            self.log(name, value, prog_bar=True)
+        if self.objective is not None and self._measured:
+            share = mean_of(self._measured)
+            self.log("val_share", share, prog_bar=True)
+            if not self.trainer.sanity_checking:
+                self.objective.calibrate(share, float(self.recent_share))
+        self._measured.clear()
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW with three groups and the schedule of the learning rate."""
+        groups = parameter_groups(
+            self.model,
+            lr=self.lr,
+            scalar_lr_factor=self.scalar_lr_factor,
+            weight_decay=self.weight_decay,
+        )
+        optimizer = torch.optim.AdamW(groups, lr=self.lr)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup_steps = int(self.warmup * total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: warmup_cosine(step, total_steps=total, warmup_steps=warmup_steps),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the architecture beside the training state."""
+        checkpoint["architecture"] = self.architecture.to_json()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the training state of another architecture."""
+        stored = type(self.architecture).from_json(checkpoint["architecture"])
+        if stored != self.architecture:
+            raise ValueError(
+                f"resume: the training state is of {stored}, this run builds {self.architecture}; "
+                "equal architectures are required; repeat the flags of the interrupted run, or "
+                "start anew with another --out."
+            )
+
+
+def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of samplers and interpolations: those a dense model does not have."""
+    return [
+        parameter
+        for module in model.modules()
+        if isinstance(module, Sampler) or type(module).__module__ == "sparsight.nn.interpolation"
+        for parameter in module.parameters()
+    ]
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, scalar_lr_factor: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Return the trainable parameters in groups for `torch.optim.AdamW`; empty groups left out.
+
+    Args:
+        model: dense or sampled; frozen parameters (`requires_grad` off) are left out.
+        lr: common learning rate.
+        scalar_lr_factor: factor on `lr` for the samplers' biases and the interpolations' widths.
+        weight_decay: of weights with more than one dimension outside samplers and interpolations.
+    """
+    slow, decayed, plain, undecayed = [], [], [], []
+    gates = {id(parameter) for parameter in gate_parameters(model)}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        is_gate = id(parameter) in gates
+        if parameter.ndim > 1:
+            # A logit sums 9*C features: a head's weights, unlike its bias, move it far enough at
+            # the common rate. Ten times that saturates the logits, and samples no longer follow
+            # the content.
+            group = undecayed if is_gate else decayed
+        else:
+            group = slow if is_gate else plain
+        group.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain + undecayed, "weight_decay": 0.0},
+        {"params": slow, "weight_decay": 0.0, "lr": lr * scalar_lr_factor},
+    ]
+    return [group for group in groups if group["params"]]
