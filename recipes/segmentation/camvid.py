@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import lightning as L
 
+from sparsight.nn.budget import BudgetController, SamplingPrice, check_budget, settle_on_budget
 from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from sparsight.train.data import CamVid, SyntheticScenes, evaluation_transform, training_transform
 from sparsight.train.evaluate import measured_share, score
-from sparsight.train.losses import BudgetController, SamplingPrice, check_budget, settle_on_budget
 from sparsight.train.recipe import Recipe
 from sparsight.train.tasks import SegmentationTask
 

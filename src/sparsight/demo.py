@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from sparsight.convert import freeze, sparsify
 from sparsight.measure import environment, measure_latency
+from sparsight.nn.budget import BudgetController, settle_on_budget
 from sparsight.train.architecture import Architecture, Sampling, build_dense
 from sparsight.train.checkpoint import save_checkpoint, write_atomically
 from sparsight.train.data import (
@@ -27,7 +28,6 @@ from sparsight.train.data import (
     training_transform,
 )
 from sparsight.train.evaluate import Score, measured_share, score
-from sparsight.train.losses import BudgetController, settle_on_budget
 from sparsight.train.pictures import draw_masks
 from sparsight.train.recipe import Recipe
 from sparsight.train.tasks import SegmentationTask

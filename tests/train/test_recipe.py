@@ -5,10 +5,10 @@ import lightning as L
 import pytest
 import torch
 
+from sparsight.nn.budget import BudgetController
 from sparsight.train import recipe as recipe_module
 from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
 from sparsight.train.data import SyntheticScenes, evaluation_transform, training_transform
-from sparsight.train.losses import BudgetController
 from sparsight.train.recipe import Recipe
 from sparsight.train.tasks import SegmentationTask
 

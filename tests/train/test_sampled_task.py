@@ -6,8 +6,8 @@ from torch import nn
 from sparsight.convert import sparsify
 from sparsight.measure import count_macs
 from sparsight.nn import Sampler
+from sparsight.nn.budget import SamplingPrice
 from sparsight.train.architecture import Architecture
-from sparsight.train.losses import SamplingPrice
 from sparsight.train.sampled_task import SampledTask, gate_parameters, parameter_groups
 
 pytestmark = pytest.mark.filterwarnings(

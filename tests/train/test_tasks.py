@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from sparsight.nn import Sampler
+from sparsight.nn.budget import BudgetController, SamplingPrice
 from sparsight.train.annealing import TemperatureAnnealing
 from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
 from sparsight.train.data import SyntheticScenes
 from sparsight.train.data.augment import SeededView, evaluation_transform
-from sparsight.train.losses import BudgetController, SamplingPrice
 from sparsight.train.tasks import SegmentationTask, intersection_over_union
 
 pytestmark = pytest.mark.filterwarnings(

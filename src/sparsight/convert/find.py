@@ -26,6 +26,13 @@ _HOOKS = (
     "_load_state_dict_post_hooks",
 )
 
+# Blocks whose forward `sparsight.nn.SampledBlock` knows.
+_RESIDUAL_BLOCKS = (
+    "torchvision.models.resnet.BasicBlock",
+    "torchvision.models.resnet.Bottleneck",
+    "sparsight.models.resnet_cifar.BasicBlock",
+)
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything is registered on this very module that replacing it would drop."""
@@ -77,7 +84,8 @@ def find_targets(model: nn.Module, where: Where | None = None) -> Targets:
             block or a convolution. A container (it holds blocks or convolutions) may be selected
             along with some of its content, as predicates on names do; it is the content that
             counts. Default None: every residual block of torchvision's ResNet, ResNeXt and Wide
-            ResNet, and every :class:`sparsight.nn.DeformableBlock`.
+            ResNet, of `sparsight.models.resnet_cifar`, and every
+            :class:`sparsight.nn.DeformableBlock`.
 
     Returns:
         The selected layers. What lies inside a selected block is not listed itself. A module with
@@ -133,7 +141,7 @@ def _find_default(model: nn.Module) -> Targets:
             left_dense.append((name, reason))
     if not blocks:
         raise ConversionError(
-            f"sparsify: {type(model).__name__} holds no residual block of torchvision's ResNet "
+            f"sparsify: {type(model).__name__} holds no residual block of a known ResNet "
             "family that can be converted, but the default needs one; select convolutions with "
             "where=lambda name, module: isinstance(module, torch.nn.Conv2d) and ...",
             left_dense,
@@ -212,16 +220,13 @@ def _is_inside(name: str, containers: Container[str]) -> bool:
 def block_class(module: nn.Module) -> type | None:
     """The class that makes this module a residual block of the ResNet family, or None.
 
-    torchvision's by qualified name: only three rooms may import torchvision, and a model that holds
-    such a block has imported it already.
+    By qualified name: only three rooms may import torchvision, this one may not import
+    `sparsight.models`, and a model that holds such a block has imported it already.
     """
     for cls in type(module).__mro__:
         if cls is DeformableBlock:
             return cls
-        if cls.__module__ == "torchvision.models.resnet" and cls.__name__ in (
-            "BasicBlock",
-            "Bottleneck",
-        ):
+        if f"{cls.__module__}.{cls.__name__}" in _RESIDUAL_BLOCKS:
             return cls
     return None
 
@@ -304,7 +309,10 @@ def _refuse_deformable(conv: DeformableConv2d, block_kind: type) -> str | None:
 
 
 def _named(cls: type) -> str:
-    return f"torchvision's {cls.__name__}" if "torchvision" in cls.__module__ else cls.__name__
+    if cls is DeformableBlock:
+        return cls.__name__
+    owner = "torchvision" if "torchvision" in cls.__module__ else cls.__module__
+    return f"{owner}'s {cls.__name__}"
 
 
 def _refuse_norm(norm: Any) -> str | None:

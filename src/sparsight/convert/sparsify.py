@@ -71,9 +71,10 @@ def sparsify(
         model: a dense, eager model; not changed.
         where: where(qualified name, module) -> bool selects residual blocks of torchvision's ResNet
             family or any plain `Conv2d`; of nested selections the outermost wins. Default None:
-            every residual block of torchvision's ResNet, ResNeXt and Wide ResNet, and every
-            :class:`sparsight.nn.DeformableBlock`, wherever it sits; those that cannot be converted
-            are left dense, and the result's repr says so.
+            every residual block of torchvision's ResNet, ResNeXt and Wide ResNet, of
+            `sparsight.models.resnet_cifar`, and every :class:`sparsight.nn.DeformableBlock`,
+            wherever it sits; those that cannot be converted are left dense, and the result's repr
+            says so.
         layout: which convolutions of a block share a mask, "a", "b" (default, the paper's choice)
             or "c"; see :class:`sparsight.nn.SampledBlock`.
         sampler: called as ``sampler(in_channels, stride=stride)`` once per decision; it returns a

@@ -6,7 +6,16 @@ torchvision only to build a backbone that was asked for by name.
 """
 
 from sparsight.models.faster_rcnn import faster_rcnn
+from sparsight.models.resnet_cifar import ResNetCifar, load_resnet_cifar, resnet_cifar
 from sparsight.models.semantic_fpn import SemanticFPN, semantic_fpn
 from sparsight.models.torchvision_segmentation import torchvision_segmentation
 
-__all__ = ["SemanticFPN", "faster_rcnn", "semantic_fpn", "torchvision_segmentation"]
+__all__ = [
+    "ResNetCifar",
+    "SemanticFPN",
+    "faster_rcnn",
+    "load_resnet_cifar",
+    "resnet_cifar",
+    "semantic_fpn",
+    "torchvision_segmentation",
+]

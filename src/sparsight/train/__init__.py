@@ -5,6 +5,7 @@ disk as safetensors with its architecture, and its score. May import: measure, c
 and below. Needs the extra `sparsight[train]`; `pictures` needs `sparsight[report]` too.
 """
 
+from sparsight.nn.budget import BudgetController, SamplingPrice, settle_on_budget
 from sparsight.train.annealing import (
     TemperatureAnnealing,
     geometric_temperature,
@@ -13,7 +14,6 @@ from sparsight.train.annealing import (
 from sparsight.train.architecture import Architecture, Sampling
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
 from sparsight.train.evaluate import Score, score
-from sparsight.train.losses import BudgetController, SamplingPrice, settle_on_budget
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampled_task import SampledTask
 from sparsight.train.tasks import SegmentationTask

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from sparsight.measure import MacCount, count_macs
 from sparsight.nn import Sampler, record_sampling
+from sparsight.nn.budget import BudgetController, SamplingPrice
 from sparsight.nn.objective import sampling_loss
 from sparsight.train.annealing import warmup_cosine
 from sparsight.train.architecture import Architecture
-from sparsight.train.losses import BudgetController, SamplingPrice, mean_of
 
 _NUM_MEASURED_BATCHES = 4
 
@@ -146,7 +146,7 @@ class SampledTask(L.LightningModule, ABC):
         """Let the price follow the expected share, once per optimiser step."""
         if self.objective is None or not self._pending:
             return
-        share = mean_of(self._pending)
+        share = sum(self._pending) / len(self._pending)
         self._pending.clear()
         self.recent_share.lerp_(torch.tensor(share), 0.1)
         total = int(self.trainer.estimated_stepping_batches)
@@ -170,7 +170,7 @@ class SampledTask(L.LightningModule, ABC):
         for name, value in self.compute_metric().items():
             self.log(name, value, prog_bar=True)
         if self.objective is not None and self._measured:
-            share = mean_of(self._measured)
+            share = sum(self._measured) / len(self._measured)
             self.log("val_share", share, prog_bar=True)
             if not self.trainer.sanity_checking:
                 self.objective.calibrate(share, float(self.recent_share))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from sparsight.nn import Sampler
+from sparsight.nn.sampler import Sampler
 
 
 def check_budget(budget: float, *, name: str = "budget") -> float:
@@ -172,9 +172,3 @@ def settle_on_budget(
             low = applied
         share = share_at(0.5 * (low + high))
     return applied, share
-
-
-def mean_of(values: Iterable[float]) -> float:
-    """Return the mean of at least one number."""
-    listed = list(values)
-    return sum(listed) / len(listed)

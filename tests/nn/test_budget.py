@@ -4,13 +4,13 @@ from torch import nn
 
 from sparsight.measure import count_macs
 from sparsight.nn import Sampler
-from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
-from sparsight.train.losses import (
+from sparsight.nn.budget import (
     BudgetController,
     SamplingPrice,
     check_budget,
     settle_on_budget,
 )
+from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
 
 
 @pytest.mark.parametrize("budget", [0.0, -0.1, 1.01, float("nan")])
