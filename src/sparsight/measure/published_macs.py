@@ -34,6 +34,7 @@ def count_published_macs(
     model: nn.Module,
     *,
     shorter_side: int = 1000,
+    size: tuple[int, int] | None = None,
     density: float | Mapping[str, float] = 1.0,
 ) -> MacCount:
     """Count a ResNet's multiply-adds by the published convention, without running it.
@@ -59,6 +60,7 @@ def count_published_macs(
         model: a detector or segmentation model whose ResNet is `.backbone.body` or `.backbone`, or
             the ResNet itself; dense or sampled, not frozen.
         shorter_side: of the images, in pixels.
+        size: (height, width) of the input in pixels instead of the nominal one of `shorter_side`.
         density: share of the positions that are computed, grid included, in [0, 1]: one number for
             all masks, or one per sampler by qualified name, as `record_sampling` names them,
             averaged over images. Default 1. The published sampled rows (164.8, 120.3, 94.4, 71.4)
@@ -80,8 +82,9 @@ def count_published_macs(
     prefix, resnet = _find_resnet(model)
     _check_readable(join(prefix, "conv1"), resnet.conv1)
     counter = _Counter(density)
-    height, width = published_size(shorter_side)
-    size = counter.convolution(join(prefix, "conv1"), resnet.conv1, (height, width))
+    if size is None:
+        size = published_size(shorter_side)
+    size = counter.convolution(join(prefix, "conv1"), resnet.conv1, size)
     size = _after(size, 2)  # max pooling
     for stage in _STAGES:
         for index, block in enumerate(getattr(resnet, stage)):

@@ -11,16 +11,23 @@ from sparsight.train.annealing import (
     geometric_temperature,
     published_temperature,
 )
-from sparsight.train.architecture import Architecture, Sampling
+from sparsight.train.architecture import Architecture, DetectorArchitecture, Sampling
+from sparsight.train.average_precision import AveragePrecision, average_precision
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
+from sparsight.train.detection_task import DetectionTask
 from sparsight.train.evaluate import Score, score
+from sparsight.train.evaluate_detection import DetectionScore, score_detector
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampled_task import SampledTask
 from sparsight.train.tasks import SegmentationTask
 
 __all__ = [
     "Architecture",
+    "AveragePrecision",
     "BudgetController",
+    "DetectionScore",
+    "DetectionTask",
+    "DetectorArchitecture",
     "Recipe",
     "SampledTask",
     "Sampling",
@@ -28,10 +35,12 @@ __all__ = [
     "Score",
     "SegmentationTask",
     "TemperatureAnnealing",
+    "average_precision",
     "geometric_temperature",
     "load_checkpoint",
     "published_temperature",
     "save_checkpoint",
     "score",
+    "score_detector",
     "settle_on_budget",
 ]

@@ -14,7 +14,7 @@ from sparsight.nn import Sampler, record_sampling
 from sparsight.nn.budget import BudgetController, SamplingPrice
 from sparsight.nn.objective import sampling_loss
 from sparsight.train.annealing import warmup_cosine
-from sparsight.train.architecture import Architecture
+from sparsight.train.architecture import AnyArchitecture
 
 _NUM_MEASURED_BATCHES = 4
 
@@ -48,7 +48,7 @@ class SampledTask(L.LightningModule, ABC):
     def __init__(
         self,
         model: nn.Module,
-        architecture: Architecture,
+        architecture: AnyArchitecture,
         *,
         objective: BudgetController | SamplingPrice | None = None,
         lr: float = 1e-3,

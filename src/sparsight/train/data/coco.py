@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,21 +156,31 @@ class Coco(Dataset[tuple[tv_tensors.Image, Target]]):
             "image_id": int(self.image_ids[index]),
         }
 
-    def ground_truth(self) -> dict[str, Any]:
-        """Return the annotations of these images in COCO's form, for the evaluator.
+    def ground_truth(self, image_ids: Collection[int] | None = None) -> dict[str, Any]:
+        """Return the annotations in COCO's form, for the evaluator.
+
+        Args:
+            image_ids: of the images that count. Default None, all of this data set.
 
         Everything is as it was read (boxes x y w h, crowd regions, areas of the masks), but for the
         masks, which detectors are not held against, and for the ids of annotations.
         """
-        counts = np.diff(self._starts)
-        image_ids = np.repeat(self.image_ids, counts).tolist()
+        counted = self.image_ids if image_ids is None else np.array(sorted(set(image_ids)))
+        owners = np.repeat(self.image_ids, np.diff(self._starts))
+        rows = np.isin(owners, counted)
+        is_counted = np.isin(self.image_ids, counted).tolist()
         return {
             "info": {},
             "images": [
                 {"id": image_id, "file_name": name, "height": height, "width": width}
-                for image_id, name, (height, width) in zip(
-                    self.image_ids.tolist(), self.file_names, self.sizes.tolist(), strict=True
+                for image_id, name, (height, width), counts in zip(
+                    self.image_ids.tolist(),
+                    self.file_names,
+                    self.sizes.tolist(),
+                    is_counted,
+                    strict=True,
                 )
+                if counts
             ],
             "annotations": [
                 # From 1: the evaluator takes an id of 0 for "no match".
@@ -184,11 +194,11 @@ class Coco(Dataset[tuple[tv_tensors.Image, Target]]):
                 }
                 for i, (image_id, category, box, area, is_crowd) in enumerate(
                     zip(
-                        image_ids,
-                        self._categories.tolist(),
-                        self._boxes.tolist(),
-                        self._areas.tolist(),
-                        self._crowds.tolist(),
+                        owners[rows].tolist(),
+                        self._categories[rows].tolist(),
+                        self._boxes[rows].tolist(),
+                        self._areas[rows].tolist(),
+                        self._crowds[rows].tolist(),
                         strict=True,
                     )
                 )
