@@ -119,8 +119,8 @@ def coco(
         num_workers: processes that read images.
         precision: of training; validation and evaluation of the final weights run in float32.
         validate_every: epochs from one validation and stored state to the next.
-        overfit_images: train on the first so many training images and score on the same ones, to
-            see that a detector can learn at all.
+        overfit_images: train on the first so many training images, without flips, and score on the
+            same ones, to see that a detector can learn at all.
         progress_bar: draw it.
         quick: two epochs of two batches, a narrow pyramid and head, small images; on drawn scenes
             where no data is given. Proves that the recipe runs.
@@ -208,7 +208,7 @@ def coco(
     )
     recipe = Recipe(
         train_data=train_data,
-        train_transform=detection_transform(is_training=True),
+        train_transform=detection_transform(is_training=overfit_images is None),
         val_data=val_data,
         val_transform=detection_transform(is_training=False),
         out=folder,
