@@ -3,7 +3,12 @@ from itertools import pairwise
 
 import pytest
 
-from sparsight.train.annealing import geometric_temperature, published_temperature, warmup_cosine
+from sparsight.train.annealing import (
+    geometric_temperature,
+    published_temperature,
+    warmup_cosine,
+    warmup_steps_down,
+)
 
 
 def test_the_published_schedule_ends_where_the_paper_ends():
@@ -46,3 +51,14 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert all(b < a for a, b in pairwise(factors[10:]))
     assert factors[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
     assert factors[100] == pytest.approx(0.0)
+
+
+def test_the_detectors_rate_rises_from_a_third_and_falls_twice():
+    """12 epochs of 100 steps: down after the 8th and the 11th."""
+    values = [warmup_steps_down(step, total_steps=1200) for step in range(1200)]
+    assert values[0] == pytest.approx(1 / 3)
+    assert values[250] == pytest.approx(2 / 3)
+    assert values[500:800] == [1.0] * 300
+    assert values[800:1100] == pytest.approx([0.1] * 300)
+    assert values[1100:] == pytest.approx([0.01] * 100)
+    assert max(b - a for a, b in pairwise(values)) == pytest.approx(2 / 3 / 500)
