@@ -82,7 +82,10 @@ def test_a_dense_run_starts_a_sampled_one_on_the_same_images(tmp_path):
     torch.save(resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
     common = {"backbone": "resnet18", "quick": True, "progress_bar": False}
     dense = coco(
-        **common, weights=str(tmp_path / "resnet18.pth"), out=str(tmp_path / "a"), overfit_images=2
+        **common,
+        pretrained=str(tmp_path / "resnet18.pth"),
+        out=str(tmp_path / "a"),
+        overfit_images=2,
     )
     assert dense["num_images"] == 2
     assert dense["share"] == 1.0
@@ -92,11 +95,26 @@ def test_a_dense_run_starts_a_sampled_one_on_the_same_images(tmp_path):
         is_norm_frozen=True,
         init=str(tmp_path / "a" / "weights.safetensors"),
         sampling_weight=0.1,
+        weights="published",
+        interpolation="nearest",
         first_sampled_layer=2,
         out=str(tmp_path / "b"),
     )
     assert len(sampled["density"]) == 2 * 6
     assert not any("layer1" in name for name in sampled["density"])
+    assert sampled["architecture"]["sampling"]["interpolation"] == "nearest"
+
+
+def test_the_baselines_are_methods_of_the_recipe(tmp_path):
+    coco = load_recipe(Path(RECIPE))
+    common = {"backbone": "resnet18", "quick": True, "progress_bar": False, "overfit_images": 2}
+    full = coco(**common, out=str(tmp_path / "full"))
+    resized = coco(**common, method="resized", budget=0.5, out=str(tmp_path / "resized"))
+    assert resized["architecture"]["size"] == (64, 88)
+    assert 0.3 < resized["macs_total"] / full["macs_total"] < 0.7
+    perforated = coco(**common, method="perforated", out=str(tmp_path / "perforated"))
+    assert len(perforated["density"]) == 16
+    assert 0.2 < sum(perforated["density"].values()) / 16 < 0.6
 
 
 @pytest.mark.parametrize(
@@ -106,7 +124,7 @@ def test_a_dense_run_starts_a_sampled_one_on_the_same_images(tmp_path):
         ([], "no data folder was given; a folder with annotations/instances_train2017.json"),
         (["--quick", "--budget", "0"], "budget=0.0; a share of the dense model's MACs in (0, 1]"),
         (["--quick", "--init", "gone.safetensors"], "'gone.safetensors' does not exist"),
-        (["--quick", "--weights", "gone.pth"], "'gone.pth' does not exist"),
+        (["--quick", "--pretrained", "gone.pth"], "'gone.pth' does not exist"),
         (
             ["--quick", "--weights", "a.pth", "--init", "b"],
             "weights='a.pth' and init='b' were both",

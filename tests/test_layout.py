@@ -56,6 +56,7 @@ HOMES = {
     "torchvision": [
         "models/faster_rcnn.py",
         "models/semantic_fpn.py",
+        "models/torchvision_resnet.py",
         "models/torchvision_segmentation.py",
         "train/data",
     ],

@@ -11,8 +11,8 @@ import lightning as L
 
 from sparsight.measure import count_published_macs
 from sparsight.models.faster_rcnn import load_torchvision_weights
-from sparsight.nn.budget import BudgetController, SamplingPrice, check_budget, settle_on_budget
-from sparsight.train.architecture import DetectorArchitecture, Sampling, build_dense, convert
+from sparsight.nn.budget import settle_on_budget
+from sparsight.train.architecture import DetectorArchitecture, build_dense, convert
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from sparsight.train.data import (
     Coco,
@@ -23,6 +23,7 @@ from sparsight.train.data import (
 from sparsight.train.detection_task import DetectionTask
 from sparsight.train.evaluate_detection import measured_backbone_share, score_detector
 from sparsight.train.recipe import Recipe
+from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
 
 
 def coco(
@@ -32,7 +33,7 @@ def coco(
         "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x8d"
     ] = "resnet101",
     deformable: bool = False,
-    weights: str | None = None,
+    pretrained: str | None = None,
     init: str | None = None,
     num_classes: int | None = None,
     is_norm_frozen: bool | None = None,
@@ -47,11 +48,17 @@ def coco(
     lr: float = 0.01,
     scalar_lr_factor: float = 1.0,
     gradient_clip: float = 35.0,
+    method: Method = "sampled",
     budget: float | None = None,
     sampling_weight: float | None = None,
-    layout: Literal["a", "b", "c"] = "b",
-    noise: Literal["white", "blue", "none"] = "white",
+    weights: Literal["macs", "published", "uniform"] = "macs",
+    layout: Layout = "b",
+    noise: Noise = "white",
     grid_stride: int | None = 11,
+    interpolation: InterpolationKind | None = "rbf",
+    eps: float | None = None,
+    straight_through: bool = False,
+    anneal_share: float = 1.0,
     first_sampled_layer: int = 1,
     seed: int = 0,
     out: str = "runs/coco",
@@ -72,26 +79,26 @@ def coco(
     40.7 / 71.4.
     Data: COCO 2017, 118,287 training images, of which 117,266 have objects, and 5,000 validation
     images; ImageNet weights of the backbone, as torchvision's file.
-    Command: `sparsight train recipes/detection/coco.py --data DIR --deformable --weights
+    Command: `sparsight train recipes/detection/coco.py --data DIR --deformable --pretrained
     resnet101-63fe2227.pth --sampling_weight 0.05 --out runs/sampled`; the dense rows leave
     `--sampling_weight` out and have `--size 800x1333`, `600x1000`, `500x833`.
     Expected score and hours: the published schedule (12 epochs of 8 images a step) has not been run
     here, on any hardware; docs/results has what was: over-fitting ten images.
     Departures from the published detector: torchvision's heads and losses; norms of pretrained
     weights keep scale and bias too (`is_norm_frozen`); the price is charged on the expected share
-    of the backbone's MACs, which is where the published 0.25 and 0.75 come from.
+    of the backbone's MACs, unless `--weights published`.
 
     Args:
         data: folder with annotations/instances_{train,val}2017.json, train2017/ and val2017/.
             Needed unless `quick`.
         backbone: ResNet or ResNeXt of torchvision.
         deformable: deformable conv3 to conv5.
-        weights: local file of torchvision's weights, of a classifier for the backbone, or of a
+        pretrained: local file of torchvision's weights, of a classifier for the backbone, or of a
             detector; default: random weights.
         init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model.
         num_classes: background included; default 81 for COCO, labels in a row. 91, labels that are
             the category ids, suits torchvision's detector weights.
-        is_norm_frozen: norms are constants; default: if `weights` are given.
+        is_norm_frozen: norms are constants; default: if `pretrained` is given.
         trainable_layers: 4 as published, all but the stem; 5 with random weights.
         fpn_channels: width of the pyramid.
         head_channels: width of the box head.
@@ -105,13 +112,21 @@ def coco(
         scalar_lr_factor: learning rate of the samplers' biases and interpolation widths over that
             of the rest; 1 as published, 10 suits short runs.
         gradient_clip: largest norm of a step's gradient; 35 as published.
+        method: "sampled", the paper's, or a baseline: "relu_gate", "perforated", "resized"; see
+            `sparsight.train.plan`.
         budget: share of the dense backbone's MACs to compute, in (0, 1]. None: a dense model,
             unless `sampling_weight` is given.
         sampling_weight: fixed weight of the expected share instead of a budget; .02 to .2 as
             published.
+        weights: what the fixed weight is charged on: the share of the backbone's MACs, the
+            "published" mean of probabilities (.25 and .75 in a block), or the "uniform" one.
         layout: masks per residual block: "a", "b" (the paper's default) or "c".
         noise: sampling noise: "white" (the paper), "blue", "none".
         grid_stride: spacing of the positions that are always computed; None for no grid.
+        interpolation: "rbf" (the paper), "conv", "average", "nearest"; None leaves zeros.
+        eps: of the interpolation's denominator; None is exact, 1e-5 as published.
+        straight_through: hard masks in training, with the gradient of soft ones.
+        anneal_share: part of the run in which the temperature falls.
         first_sampled_layer: 1 samples all residual blocks, as published; 2 those of conv3 to conv5.
         seed: of weights, order, flips and noise.
         out: folder for the results: weights.safetensors, result.json, last.ckpt, log/metrics.csv.
@@ -129,21 +144,14 @@ def coco(
         What is also written to result.json: COCO's metrics, MACs, share.
 
     Raises:
-        ValueError: no data, a budget outside (0, 1], a budget and a weight at once, `weights` and
-            `init` at once, or a checkpoint of another architecture.
+        ValueError: no data, a budget outside (0, 1], a budget and a weight at once, `pretrained`
+            and `init` at once, or a checkpoint of another architecture.
         FileNotFoundError: data folders, weights or checkpoint missing.
     """
-    if budget is not None:
-        check_budget(budget, name="coco")
-        if sampling_weight is not None:
-            raise ValueError(
-                f"coco: budget={budget} and sampling_weight={sampling_weight} were both given; at "
-                "most one is required; drop --sampling_weight to meet the budget."
-            )
-    if weights is not None and init is not None:
+    if pretrained is not None and init is not None:
         raise ValueError(
-            f"coco: weights={weights!r} and init={init!r} were both given; at most one is "
-            "required; drop --weights to go on from the checkpoint."
+            f"coco: pretrained={pretrained!r} and init={init!r} were both given; at most one is "
+            "required; drop --pretrained to go on from the checkpoint."
         )
     folder = Path(out)
     if quick:
@@ -167,42 +175,51 @@ def coco(
     if overfit_images is None:
         val_data = Coco(data, "val2017", num_classes=train_data.num_classes)
 
-    is_sampled = budget is not None or sampling_weight is not None
-    architecture = DetectorArchitecture(
+    dense_architecture = DetectorArchitecture(
         num_classes=train_data.num_classes,
         backbone=backbone,
         deformable=deformable,
-        is_norm_frozen=weights is not None if is_norm_frozen is None else is_norm_frozen,
+        is_norm_frozen=pretrained is not None if is_norm_frozen is None else is_norm_frozen,
         trainable_layers=trainable_layers,
         fpn_channels=fpn_channels,
         head_channels=head_channels,
         size=size,
         first_sampled_layer=first_sampled_layer,
-        sampling=Sampling(layout=layout, noise=noise, grid_stride=grid_stride)
-        if is_sampled
-        else None,
+    )
+    planned = plan(
+        method=method,
+        sampling=Sampling(
+            layout=layout,
+            noise=noise,
+            grid_stride=grid_stride,
+            interpolation=interpolation,
+            eps=eps,
+            is_straight_through=straight_through,
+        ),
+        size=size,
+        budget=budget,
+        sampling_weight=sampling_weight,
+        weights=weights,
+        dense=lambda: build_dense(dense_architecture).get_submodule("backbone.body"),
+    )
+    architecture = dataclasses.replace(
+        dense_architecture, size=planned.size, sampling=planned.sampling
     )
     L.seed_everything(seed, verbose=False)
     if init is not None:
         network, _ = load_checkpoint(init, expected=architecture)
     else:
         dense = build_dense(architecture)
-        if weights is not None:
-            kept = load_torchvision_weights(dense, weights)
-            print(f"{weights}: loaded; {len(kept)} parameters keep their random values")
+        if pretrained is not None:
+            kept = load_torchvision_weights(dense, pretrained)
+            print(f"{pretrained}: loaded; {len(kept)} parameters keep their random values")
         network = convert(dense, architecture)
-    objective: BudgetController | SamplingPrice | None = None
-    if budget is not None:
-        objective = BudgetController(budget)
-    elif sampling_weight is not None:
-        objective = SamplingPrice(sampling_weight)
-
     task = DetectionTask(
         network,
         architecture,
         val_data=val_data,
         optimizer=optimizer,
-        objective=objective,
+        objective=planned.objective,
         lr=lr,
         scalar_lr_factor=scalar_lr_factor,
     )
@@ -222,6 +239,7 @@ def coco(
         validate_every=validate_every,
         gradient_clip=gradient_clip,
         collate_fn=collate_detection,
+        anneal_share=anneal_share,
         shows_progress=progress_bar,
     )
     recipe.fit(task, resume=resume)
@@ -229,12 +247,14 @@ def coco(
     network.cpu().eval()
     result: dict[str, Any] = {
         "task": "coco detection",
+        "method": method,
         "seed": seed,
         "epochs": epochs,
         "budget": budget,
         "sampling_weight": sampling_weight,
     }
-    if budget is not None:
+    if planned.settles:
+        assert budget is not None
         # 40 images or a quarter of few: enough for a mean over positions.
         step = max(1, len(val_data) // (batch_size * 5))
         batches = [images for images, _ in recipe.validation_batches()][::step]
@@ -246,7 +266,7 @@ def coco(
     save_checkpoint(path, network, architecture)
     scored = score_detector(network, recipe.validation_batches(), data=val_data)
     published = count_published_macs(
-        network, shorter_side=size[0], density=scored.density if is_sampled else 1.0
+        network, shorter_side=architecture.size[0], density=scored.density or 1.0
     )
     result |= dataclasses.asdict(scored) | {
         "published_gmacs": published.total / 1e9,

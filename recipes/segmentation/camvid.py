@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import lightning as L
 
-from sparsight.nn.budget import BudgetController, SamplingPrice, check_budget, settle_on_budget
-from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
+from sparsight.nn.budget import settle_on_budget
+from sparsight.train.architecture import Architecture, build_dense, convert
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from sparsight.train.data import CamVid, SyntheticScenes, evaluation_transform, training_transform
 from sparsight.train.evaluate import measured_share, score
 from sparsight.train.recipe import Recipe
+from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
 from sparsight.train.tasks import SegmentationTask
 
 
@@ -31,12 +32,19 @@ def camvid(
     batch_size: int = 8,
     accumulate: int = 1,
     lr: float = 1e-3,
+    method: Method = "sampled",
     budget: float | None = None,
     sampling_weight: float | None = None,
+    weights: Literal["macs", "published", "uniform"] = "macs",
     init: str | None = None,
-    layout: Literal["a", "b", "c"] = "b",
-    noise: Literal["white", "blue", "none"] = "white",
+    teacher: str | None = None,
+    layout: Layout = "b",
+    noise: Noise = "white",
     grid_stride: int | None = 11,
+    interpolation: InterpolationKind | None = "rbf",
+    eps: float | None = None,
+    straight_through: bool = False,
+    anneal_share: float = 1.0,
     seed: int = 0,
     out: str = "runs/camvid",
     resume: bool = False,
@@ -70,13 +78,27 @@ def camvid(
         batch_size: images per step.
         accumulate: micro-batches per optimiser step.
         lr: peak learning rate of AdamW.
+        method: "sampled", the paper's; or a baseline: "resized" (the dense model on an input that
+            meets the budget; `size` is the full one), "relu_gate" (computed where an activation is
+            positive, zeros elsewhere), "perforated" (fixed patterns; the paper behind it fills with
+            `interpolation="nearest"`). The deterministic baseline is "sampled" with `noise="none"`.
         budget: share of the dense model's MACs to compute, in (0, 1], everything counted. None: a
             dense model, unless `sampling_weight` is given.
         sampling_weight: fixed weight of the expected share instead of a budget, as published.
+        weights: what `sampling_weight` is charged on: share of MACs, the published mean of
+            probabilities, or the plain mean over the masks.
         init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model.
+        teacher: checkpoint of a dense model that is learnt from beside the annotations; usually
+            the one of `init`.
         layout: masks per residual block: "a", "b" (the paper's default) or "c".
         noise: sampling noise: "white" (the paper), "blue", "none".
-        grid_stride: spacing of the pixels that are always computed; None for no grid.
+        grid_stride: spacing of the pixels that are always computed; the paper's 11, its ablation's
+            9 and 13, or None for no grid.
+        interpolation: kernel that fills what is not computed: "rbf" (the paper's default), "conv",
+            "average", "nearest"; None leaves zeros.
+        eps: added to the interpolation's denominator, 1e-5 in the published code; None is exact.
+        straight_through: train with hard masks and soft gradients; wants an `eps`.
+        anneal_share: part of the run in which the temperature falls, in (0, 1].
         seed: of weights, order, augmentation and noise.
         out: folder for the results: weights.safetensors, result.json, last.ckpt, log/metrics.csv.
         resume: go on from `out`/last.ckpt; repeat the other flags.
@@ -90,17 +112,10 @@ def camvid(
         What is also written to result.json: mIoU, IoU per class, MACs, share.
 
     Raises:
-        ValueError: no data, a budget outside (0, 1], a budget and a weight at once, or a checkpoint
-            of another architecture.
+        ValueError: no data, flags that contradict each other (see `sparsight.train.plan`), or a
+            checkpoint of another architecture.
         FileNotFoundError: data folders or checkpoint missing.
     """
-    if budget is not None:
-        check_budget(budget, name="camvid")
-        if sampling_weight is not None:
-            raise ValueError(
-                f"camvid: budget={budget} and sampling_weight={sampling_weight} were both given; "
-                "at most one is required; drop --sampling_weight to meet the budget."
-            )
     if data is None and not quick:
         raise ValueError(
             "camvid: no data folder was given; a folder with train/, trainannot/, val/ and "
@@ -120,8 +135,7 @@ def camvid(
         epochs, batch_size, num_workers, accumulate = 2, min(batch_size, 2), 0, 1
 
     is_fpn = model == "semantic_fpn"
-    is_sampled = budget is not None or sampling_weight is not None
-    architecture = Architecture(
+    dense_architecture = Architecture(
         model=model,
         num_classes=len(train_data.classes),
         backbone=backbone if is_fpn else None,
@@ -129,31 +143,50 @@ def camvid(
         fpn_channels=fpn_channels if is_fpn else None,
         head_channels=head_channels if is_fpn else None,
         size=size,
-        sampling=Sampling(layout=layout, noise=noise, grid_stride=grid_stride)
-        if is_sampled
-        else None,
+    )
+    planned = plan(
+        method=method,
+        sampling=Sampling(
+            layout=layout,
+            noise=noise,
+            grid_stride=grid_stride,
+            interpolation=interpolation,
+            eps=eps,
+            is_straight_through=straight_through,
+        ),
+        size=size,
+        budget=budget,
+        sampling_weight=sampling_weight,
+        weights=weights,
+        dense=lambda: build_dense(dense_architecture),
+    )
+    architecture = dataclasses.replace(
+        dense_architecture, size=planned.size, sampling=planned.sampling
     )
     L.seed_everything(seed, verbose=False)
     if init is not None:
         network, _ = load_checkpoint(init, expected=architecture)
     else:
         network = convert(build_dense(architecture), architecture)
-    objective: BudgetController | SamplingPrice | None = None
-    if budget is not None:
-        objective = BudgetController(budget)
-    elif sampling_weight is not None:
-        objective = SamplingPrice(sampling_weight)
+    learnt_from = None
+    if teacher is not None:
+        learnt_from, _ = load_checkpoint(teacher, expected=dense_architecture)
 
     folder = Path(out)
     ignore_index = train_data.ignore_index
     task = SegmentationTask(
-        network, architecture, ignore_index=ignore_index, objective=objective, lr=lr
+        network,
+        architecture,
+        ignore_index=ignore_index,
+        objective=planned.objective,
+        lr=lr,
+        teacher=learnt_from,
     )
     recipe = Recipe(
         train_data=train_data,
-        train_transform=training_transform(size, ignore_index=ignore_index),
+        train_transform=training_transform(planned.size, ignore_index=ignore_index),
         val_data=val_data,
-        val_transform=evaluation_transform(size),
+        val_transform=evaluation_transform(planned.size),
         out=folder,
         epochs=epochs,
         batch_size=batch_size,
@@ -163,6 +196,7 @@ def camvid(
         accumulate=accumulate,
         max_batches=2 if quick else None,
         shows_progress=progress_bar,
+        anneal_share=anneal_share,
     )
     recipe.fit(task, resume=resume)
 
@@ -171,9 +205,11 @@ def camvid(
         "task": "camvid segmentation",
         "seed": seed,
         "epochs": epochs,
+        "method": method,
         "budget": budget,
     }
-    if budget is not None:
+    if planned.settles:
+        assert budget is not None
         batches = [images for images, _ in recipe.validation_batches()][:: 1 if quick else 4]
         shift, share = settle_on_budget(network, lambda: measured_share(network, batches), budget)
         result |= {"settling_shift": shift, "settled_share": share}

@@ -78,6 +78,13 @@ def test_a_batch_is_learnt_and_what_is_logged_has_torchvisions_names(data, price
     assert ("val_share" in last) == (price is not None)
 
 
+def test_mixed_precision_trains_and_validates(data):
+    task = make_task(data, SAMPLED, objective=SamplingPrice(0.1))
+    logged = fit(task, batch_of(data, 0, 1), 1, precision="bf16-mixed")
+    assert torch.tensor([logged["loss"], logged["val_share"]]).isfinite().all()
+    assert "val_ap" in logged
+
+
 def test_the_share_is_of_the_padded_batchs_backbone(data):
     task = make_task(data, SAMPLED, objective=SamplingPrice(0.1))
     batch = batch_of(data, 0, 1)

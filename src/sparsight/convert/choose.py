@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsight.convert.find import ConversionError
 from sparsight.nn.frozen_block import Form, FrozenBlock, Measurement
+from sparsight.nn.frozen_gated import is_gated
 from sparsight.nn.record import record_sampling
 from sparsight.nn.sampled_block import SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
@@ -108,6 +109,8 @@ def _refuse_form(form: Any, layer: nn.Module) -> str | None:
     """Why a layer cannot take this form; None if it can."""
     if form not in ("dense", "sampled"):
         return f"{form!r} is no form of a layer; it must be 'dense' or 'sampled'"
+    if form == "dense" and is_gated(layer):
+        return "its gate scales what is computed, so that there is no dense form of it"
     if form == "dense" and isinstance(layer, SampledConv2d) and layer.sampler is None:
         return "it has no sampler: its callers decide where it computes, and dense would not listen"
     return None

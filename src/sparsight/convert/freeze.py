@@ -16,6 +16,7 @@ from sparsight.convert.fold import fold_norms, fuse_relus
 from sparsight.convert.map_dtypes import keep_maps_narrow
 from sparsight.nn.frozen_block import Form, FrozenBlock, FrozenSampler, refusal
 from sparsight.nn.frozen_conv import FrozenConv2d, refusal_of_conv
+from sparsight.nn.frozen_gated import FrozenGatedLayer, is_gated, refusal_of_gates
 from sparsight.nn.sampled_block import SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
 from sparsight.ops import cpu
@@ -94,7 +95,10 @@ def freeze(
             "freeze: dtype is torch.bfloat16, but this CPU, or the compiler that sparsight was "
             "built with, has no AVX-512 BF16 instructions; leave dtype out for float32."
         )
-    if any(isinstance(module, FrozenBlock | FrozenConv2d) for module in model.modules()):
+    if any(
+        isinstance(module, FrozenBlock | FrozenConv2d | FrozenGatedLayer)
+        for module in model.modules()
+    ):
         raise ConversionError(
             "freeze: the model is frozen already, but a trainable one is needed; pass the "
             "converted model that it was made from."
@@ -146,7 +150,7 @@ def _freeze_sampled(
         if not isinstance(module, SampledBlock | SampledConv2d):
             continue
         form = forms.get(name, "sampled")
-        reason = refusal(module)
+        reason = refusal_of_gates(module) if is_gated(module) else refusal(module)
         if reason is None and any(has_hooks(part) for part in module.modules()):
             reason = "hooks are registered on it or inside it, which freezing would drop"
         if reason is not None and form == "dense":
@@ -156,7 +160,12 @@ def _freeze_sampled(
             unfrozen.append((name, reason))
             kept.update(module.modules())
             continue
-        model = _replace(model, {module: FrozenBlock(module, dtype=dtype, computed=form)})
+        layer: nn.Module
+        if is_gated(module):
+            layer = FrozenGatedLayer(module, dtype=dtype)
+        else:
+            layer = FrozenBlock(module, dtype=dtype, computed=form)
+        model = _replace(model, {module: layer})
     if refused:
         raise ConversionError(
             f"freeze: choose asks for {len(refused)} layers to run dense that the kernels do not "
@@ -173,6 +182,8 @@ def _freeze_sampled(
         # A head that runs outside the kernel stays what the sampler's own code expects.
         if isinstance(module, FrozenSampler):
             kept.update(module.modules())
+        if isinstance(module, FrozenGatedLayer):
+            kept.update(module.samplers.modules())
     return model, kept
 
 

@@ -71,8 +71,9 @@ def count_macs(model: nn.Module, x: Any) -> MacCount:
     deformable ones), linear layers, matrix products, attention (the upper bound: no mask), also
     where a forward calls functions instead of modules. A sampler head counts 9*C per position of
     its mask. Interpolation counts one multiply-add per filled hole, site in its window, and
-    channel; between two convolutions of a block only the holes that the second one reads are
-    filled (before a deformable one, which may look anywhere, all), after the last one all are. The
+    channel, a copy of the nearest site none; between two convolutions of a block only the holes
+    that the second one reads are filled (before a deformable one, which may look anywhere, all),
+    after the last one all are. The
     offsets of a deformable convolution are a row of their own, at its sites. Not counted: biases,
     normalisation, activations, pooling, additions, resizing, the bilinear gathering of deformable
     convolutions, recurrent layers.

@@ -190,8 +190,10 @@ class _Counter:
             positions = size[0] * size[1]
             if index not in seen:
                 seen.add(index)
-                head = convolution_macs(samplers[index][1].head, positions)
-                self.rows.append(LayerMacs(sampler, "Sampler", 0, head))
+                head = getattr(samplers[index][1], "head", None)
+                if head is not None:  # a fixed pattern has none
+                    macs = convolution_macs(head, positions)
+                    self.rows.append(LayerMacs(sampler, "Sampler", 0, macs))
             fill = block.interpolations[index]
             if i == last_of[index] and fill.window:
                 expected = density * (1 - density)

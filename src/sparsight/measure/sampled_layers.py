@@ -67,7 +67,8 @@ class GatedConvolution:
             convolution that makes its offsets, which runs at the same sites.
         mask: (B, 1, Ho, Wo) bool.
         interpolation_name: relative to the module.
-        interpolation: anything with `window`; 0 fills nothing.
+        interpolation: anything with `window`; 0 fills nothing. One that only copies says so by
+            `multiplies`, False.
     """
 
     name: str
@@ -172,7 +173,7 @@ def _interpolation_row(
     if after is not None and getattr(after.conv, "offset", None) is None:
         # A 1x1 convolution on the same sites reads no hole: nothing is filled between the two.
         holes = holes & read_footprint(after.mask, after.conv, *pair.mask.shape[-2:])
-    window = pair.interpolation.window
+    window = pair.interpolation.window if getattr(pair.interpolation, "multiplies", True) else 0
     macs = interpolation_macs(pair.mask, holes, window, pair.conv.out_channels) if window else 0
     kind = type(pair.interpolation).__name__
     name = join(prefix, pair.interpolation_name)

@@ -8,6 +8,8 @@ torchvision only to build a backbone that was asked for by name.
 from sparsight.models.faster_rcnn import faster_rcnn
 from sparsight.models.resnet_cifar import ResNetCifar, load_resnet_cifar, resnet_cifar
 from sparsight.models.semantic_fpn import SemanticFPN, semantic_fpn
+from sparsight.models.state_dict import read_state_dict
+from sparsight.models.torchvision_resnet import torchvision_resnet
 from sparsight.models.torchvision_segmentation import torchvision_segmentation
 
 __all__ = [
@@ -15,7 +17,9 @@ __all__ = [
     "SemanticFPN",
     "faster_rcnn",
     "load_resnet_cifar",
+    "read_state_dict",
     "resnet_cifar",
     "semantic_fpn",
+    "torchvision_resnet",
     "torchvision_segmentation",
 ]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sparsight.models.state_dict import read_state_dict
 
 _WIDTHS = (16, 32, 64)
 
@@ -170,23 +170,7 @@ def load_resnet_cifar(path: str | Path) -> ResNetCifar:
         "weights of a CIFAR ResNet (3 stages, no shortcut parameters, last layer `linear`) are "
         "required, as published with akamaster/pytorch_resnet_cifar10"
     )
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"load_resnet_cifar: {str(path)!r} does not exist; {advice}.")
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and end-of-file errors of any kind of other file
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"load_resnet_cifar: {str(path)!r} cannot be read as tensors ({reason}); {advice}."
-        ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(
-            f"load_resnet_cifar: {str(path)!r} holds a {type(state).__name__} that is no "
-            f"state_dict; {advice}."
-        )
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    state = read_state_dict(path, name="load_resnet_cifar", advice=advice)
     blocks = {match[1] for name in state if (match := re.match(r"layer1\.(\d+)\.", name))}
     head = state.get("linear.weight")
     if not blocks or head is None or head.ndim != 2:

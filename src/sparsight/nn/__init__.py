@@ -15,7 +15,9 @@ from sparsight.nn.interpolation import (
 )
 from sparsight.nn.noise import blue_noise_tile
 from sparsight.nn.objective import sampling_loss
+from sparsight.nn.perforation import PerforatedSampler
 from sparsight.nn.record import RecordedDecision, SamplingRecord, record_sampling
+from sparsight.nn.relu_gate import ReLUGate
 from sparsight.nn.sampled_block import SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
 from sparsight.nn.sampler import Sampler, SamplingDecision
@@ -26,7 +28,9 @@ __all__ = [
     "DeformableBlock",
     "DeformableConv2d",
     "NearestInterpolation",
+    "PerforatedSampler",
     "RBFInterpolation",
+    "ReLUGate",
     "RecordedDecision",
     "SampledBlock",
     "SampledConv2d",

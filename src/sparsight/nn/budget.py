@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsight.nn.sampler import Sampler
+from sparsight.nn.objective import sampling_loss
+from sparsight.nn.record import SamplingRecord
+
+ShareWeights = Literal["macs", "published", "uniform"]
 
 
 def check_budget(budget: float, *, name: str = "budget") -> float:
@@ -30,11 +35,26 @@ class SamplingPrice(nn.Module):
     Args:
         weight: price of computing everything, in units of the task loss; published values are .05
             to .3 for segmentation, .02 to .2 for detection, .01 and .015 for classification.
+        weights: what the share is a mean of, see `sparsight.sampling_loss`: "macs" (default) is the
+            share of the whole model's MACs, "published" the published code's mean of
+            probabilities, "uniform" the plain mean over the masks.
     """
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float, *, weights: ShareWeights = "macs") -> None:
         super().__init__()
         self.weight = weight
+        self.weights: ShareWeights = weights
+
+    def expected_share(self, record: SamplingRecord, *, total_macs: int) -> Tensor:
+        """Return what the price is charged on, a scalar in [0, 1], for the decisions of a step.
+
+        Args:
+            record: of the step's forward.
+            total_macs: dense MACs of the whole model for the step's batch.
+        """
+        if self.weights == "macs":
+            return sampling_loss(record, total_macs=total_macs)
+        return sampling_loss(record, weights=self.weights)
 
     def forward(self, expected_share: Tensor, *, progress: float) -> Tensor:
         """Return the price of `expected_share`, a scalar in [0, 1]; `progress` plays no part."""
@@ -85,6 +105,10 @@ class BudgetController(nn.Module):
         self.register_buffer("multiplier", torch.zeros(()))
         self.register_buffer("offset", torch.zeros(()))
 
+    def expected_share(self, record: SamplingRecord, *, total_macs: int) -> Tensor:
+        """Return the expected share of the dense MACs; arguments as for `SamplingPrice`."""
+        return sampling_loss(record, total_macs=total_macs)
+
     def target(self, progress: float) -> float:
         """Return the expected share to aim for, at `progress` in [0, 1] of the run."""
         done = min(1.0, progress / self.ramp) if self.ramp > 0 else 1.0
@@ -132,7 +156,9 @@ def settle_on_budget(
     tolerance: float = 0.003,
     max_shift: float = 8.0,
 ) -> tuple[float, float]:
-    """Shift every sampler's bias by one common number until the measured share meets the budget.
+    """Shift every sampler's level by one common number until the measured share meets the budget.
+
+    The level of a sampler is its head's bias, that of a ReLU gate its norm's.
 
     Training leaves the share within a few per cent; this takes away the rest. The share rises with
     the shift because the sampling noise is a function of the seed only, so bisection finds it.
@@ -150,14 +176,13 @@ def settle_on_budget(
 
     Cost: about ten calls of `measure`.
     """
-    heads = [module.head.bias for module in model.modules() if isinstance(module, Sampler)]
+    levels = sampler_levels(model)
     applied = 0.0
 
     def share_at(shift: float) -> float:
         nonlocal applied
-        for bias in heads:
-            assert bias is not None
-            bias += shift - applied
+        for level in levels:
+            level += shift - applied
         applied = shift
         return measure()
 
@@ -172,3 +197,40 @@ def settle_on_budget(
             low = applied
         share = share_at(0.5 * (low + high))
     return applied, share
+
+
+def sampler_levels(model: nn.Module) -> list[Tensor]:
+    """Return what moves the density of each sampler as a whole; those that learn nothing have none.
+
+    Args:
+        model: a sparsified model.
+    """
+    found: dict[int, Tensor] = {}
+    for owner in model.modules():
+        named = getattr(owner, "samplers_named", None)
+        for _, sampler in named() if named is not None else ():
+            level = getattr(sampler, "level", None)
+            if level is not None:
+                found[id(level)] = level
+    return list(found.values())
+
+
+def distillation(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Return the Kullback-Leibler divergence of the student's classes from the teacher's.
+
+    Args:
+        student: (B, K, ...) logits.
+        teacher: logits of the same shape; no gradient flows to them.
+        temperature: both are divided by it and the result is multiplied by its square, so that the
+            gradient keeps its size; 1 as default.
+
+    Returns:
+        Scalar, the mean over positions; 0 where both agree.
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv
+    1503.02531, section 2.
+    """
+    log_student = F.log_softmax(student / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher.detach() / temperature, dim=1)
+    divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(1)
+    return temperature**2 * divergence.mean()

@@ -206,11 +206,15 @@ class NearestInterpolation(nn.Module):
     Args:
         window: side of the window that is searched, in px, odd. Default 7.
 
-    Source: ours, as a baseline; the paper does not have it.
+    Cost: a copy a hole; it counts as no multiply-add.
+
+    Source: Figurnov et al., "PerforatedCNNs", NIPS 2016, arXiv 1504.08362, section 3.1; the
+    sampling paper does not have it. There equally near sites are chosen from at random, once.
     """
 
     eps: None = None
     preserves_constants: bool = True
+    multiplies: bool = False
 
     def __init__(self, *, window: int = 7) -> None:
         super().__init__()

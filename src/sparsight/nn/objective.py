@@ -15,7 +15,7 @@ __all__ = ["sampling_loss"]
 def sampling_loss(
     decisions: SamplingRecord | Sequence[RecordedDecision],
     *,
-    weights: Literal["macs", "uniform"] = "macs",
+    weights: Literal["macs", "published", "uniform"] = "macs",
     budget: float | None = None,
     total_macs: int | None = None,
 ) -> Float[Tensor, ""]:
@@ -32,7 +32,9 @@ def sampling_loss(
 
     Args:
         decisions: a record, or its `decisions`; of one or several calls.
-        weights: "macs" (default) weighs a decision by what it gates. "uniform" is the plain mean of
+        weights: "macs" (default) weighs a decision by what it gates. "published" is the mean over
+            blocks of 0.25 p_1 + 0.75 p_2, as in the published code; see `block_share` of
+            :class:`RecordedDecision` for other layouts and blocks. "uniform" is the plain mean of
             p_i over the decisions.
         budget: the share aimed at, in (0, 1]; of the gated multiply-adds, or of all if `total_macs`
             is given. Default None: no aim, the share itself is the loss.
@@ -62,14 +64,14 @@ def sampling_loss(
         0.5
 
     Source: Xie et al., ECCV 2020, arXiv 2003.08866, equation 7, and their code, which weighs the
-    two masks of a bottleneck 0.25 and 0.75. We weigh by the multiply-adds that a decision gates,
-    which is where these numbers come from, and add the budget.
+    two masks of a bottleneck 0.25 and 0.75 (weights="published"). We weigh by the multiply-adds
+    that a decision gates, which is where these numbers come from, and add the budget.
     """
     if isinstance(decisions, SamplingRecord):
         decisions = decisions.decisions
-    if weights not in ("macs", "uniform"):
+    if weights not in ("macs", "published", "uniform"):
         raise ValueError(
-            f"sampling_loss: weights is {weights!r}, but must be 'macs' or 'uniform'; "
+            f"sampling_loss: weights is {weights!r}, but must be 'macs', 'published' or 'uniform'; "
             "pass 'macs' to weigh by cost."
         )
     if not decisions:
@@ -91,13 +93,16 @@ def sampling_loss(
         )
     if total_macs is not None and weights != "macs":
         raise ValueError(
-            "sampling_loss: total_macs came with weights='uniform', but a share of the whole model "
-            "needs weights='macs'; drop one of the two."
+            f"sampling_loss: total_macs came with weights={weights!r}, but a share of the whole "
+            "model needs weights='macs'; drop one of the two."
         )
 
     gated = sum(d.macs for d in decisions)
     if weights == "uniform":
         shares = [1 / len(decisions)] * len(decisions)
+    elif weights == "published":
+        num_blocks = sum(d.block_share for d in decisions)
+        shares = [d.block_share / num_blocks for d in decisions]
     elif gated == 0:
         raise ValueError(
             "sampling_loss: the recorded decisions gate 0 multiply-adds, but weights='macs' needs "

@@ -23,6 +23,9 @@ class RecordedDecision:
         probability: (B, 1, H, W) float32 before noise and grid, with its gradient.
         relaxed: (B, 1, H, W) float32 in training mode, else None.
         macs: multiply-adds that the decision gates in the dense model, over the whole batch.
+        block_share: what the decision counts in its block by the published code, which is .25, .5
+            and .25 for the convolutions of a bottleneck; a half each for those of a basic block,
+            which is not published.
     """
 
     name: str
@@ -30,6 +33,7 @@ class RecordedDecision:
     probability: Float[Tensor, "B 1 H W"]
     relaxed: Float[Tensor, "B 1 H W"] | None
     macs: int
+    block_share: float = 1.0
 
 
 @dataclass
@@ -121,5 +125,19 @@ class _Recorder:
                 probability=output.probability,
                 relaxed=output.relaxed,
                 macs=batch * self.owner.gated_macs(self.index, height, width),
+                block_share=_block_share(self.owner, self.index),
             )
         )
+
+
+# By number of convolutions in the block: what each counts in the published loss.
+_PUBLISHED_SHARES = {1: (1.0,), 2: (0.5, 0.5), 3: (0.25, 0.5, 0.25)}
+
+
+def _block_share(owner: Any, index: int) -> float:
+    """What a decision counts in its block by the published code."""
+    if not hasattr(owner, "convolutions"):
+        return 1.0
+    decisions = [decision for *_, decision in owner.convolutions()]
+    shares = _PUBLISHED_SHARES[len(decisions)]
+    return sum(s for s, decision in zip(shares, decisions, strict=True) if decision == index)

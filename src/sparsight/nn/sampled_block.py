@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparsight.nn.deform_conv import DeformableConv2d
-from sparsight.nn.sampled_conv import macs_per_position
+from sparsight.nn.sampled_conv import check_gate, macs_per_position
 
 __all__ = ["Layout", "SampledBlock"]
 
@@ -68,7 +68,8 @@ class SampledBlock(nn.Module):
         interpolation: a module, copied for each decision, or a callable that returns one.
 
     Raises:
-        ValueError: if `layout` is unknown.
+        ValueError: if `layout` is unknown, or a gate (:class:`ReLUGate`) is paired with another
+            interpolation than :class:`ZeroFill`.
 
     Source: Xie et al., ECCV 2020, arXiv 2003.08866, section 3.4 and figure 4. The published code
     interpolates conv3's input. That is the same where the weights sum to one, and a quarter of the
@@ -120,6 +121,7 @@ class SampledBlock(nn.Module):
                 interpolations.append(copy.deepcopy(interpolation))
             else:
                 interpolations.append(interpolation())
+            check_gate("SampledBlock", samplers[-1], interpolations[-1])
         self.samplers = nn.ModuleList(samplers)
         self.interpolations = nn.ModuleList(interpolations)
         # Only these: the children keep their modes, norms in eval mode under a training block too.

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparsight.nn.deform_conv import DeformableConv2d
+from sparsight.nn.interpolation import ZeroFill
 from sparsight.nn.sampler import SamplingDecision
 
 __all__ = ["SampledConv2d"]
@@ -37,7 +38,11 @@ class SampledConv2d(nn.Conv2d):
         dtype: see there.
         sampler: built for `in_channels` and `stride`. Its head is aligned to this convolution here
             (:meth:`Sampler.align_to`).
-        interpolation: one of the interpolation modules.
+        interpolation: one of the interpolation modules; :class:`ZeroFill` where the sampler is a
+            :class:`ReLUGate`.
+
+    Raises:
+        ValueError: a gate is paired with another interpolation.
 
     Source: Xie et al., ECCV 2020, arXiv 2003.08866, section 3.1.
     """
@@ -70,6 +75,7 @@ class SampledConv2d(nn.Conv2d):
             device=device,
             dtype=dtype,
         )
+        check_gate("SampledConv2d", sampler, interpolation)
         align_to = getattr(sampler, "align_to", None)
         if align_to is not None:
             align_to(self)
@@ -179,6 +185,17 @@ class SampledConv2d(nn.Conv2d):
                 f"SampledConv2d.gated_macs: i is {i}, but a convolution has one decision; pass 0."
             )
         return height * width * macs_per_position(self)
+
+
+def check_gate(caller: str, sampler: nn.Module | None, interpolation: nn.Module) -> None:
+    """Raise ValueError if a gate that scales is paired with anything but zeros in the holes."""
+    if getattr(sampler, "scales", False) and not isinstance(interpolation, ZeroFill):
+        raise ValueError(
+            f"{caller}: the sampler is a {type(sampler).__name__}, which multiplies what is "
+            f"computed, and the interpolation a {type(interpolation).__name__}, which takes the "
+            "factor for a mask in [0, 1]; a gate needs holes of zero: pass "
+            "interpolation=ZeroFill()."
+        )
 
 
 def macs_per_position(conv: nn.Conv2d) -> int:

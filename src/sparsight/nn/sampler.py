@@ -26,7 +26,8 @@ class SamplingDecision:
         probability: (B, 1, Ho, Wo) float32 in [0, 1]; sigmoid of the logits, before noise and grid.
             Carries the gradient of the sampling loss.
         relaxed: (B, 1, Ho, Wo) float32 in [0, 1] in training mode, 1 on the grid: the mask that
-            task gradients flow through. None in eval mode.
+            task gradients flow through. None in eval mode. Of a gate, in both modes: the factor,
+            not negative, that what is computed is multiplied by.
     """
 
     mask: Bool[Tensor, "B 1 Ho Wo"]
@@ -35,7 +36,7 @@ class SamplingDecision:
 
     @property
     def weights(self) -> Tensor:
-        """The mask to interpolate with: `relaxed` in training, `mask` in eval."""
+        """The mask to interpolate with: `relaxed` where there is one, else `mask`."""
         return self.mask if self.relaxed is None else self.relaxed
 
 
@@ -135,6 +136,12 @@ class Sampler(nn.Module):
         self.border: tuple[int, int, int, int] | None = None
         ranks = blue_noise_ranks(TILE_SIZE).to(device) if noise == "blue" else None
         self.register_buffer("ranks", ranks, persistent=False)
+
+    @property
+    def level(self) -> nn.Parameter:
+        """What moves the density as a whole: the head's bias, in logits."""
+        assert self.head.bias is not None
+        return self.head.bias
 
     def extra_repr(self) -> str:
         """The settings, for repr."""

@@ -11,7 +11,7 @@ from sparsight.train.annealing import (
     geometric_temperature,
     published_temperature,
 )
-from sparsight.train.architecture import Architecture, DetectorArchitecture, Sampling
+from sparsight.train.architecture import Architecture, DetectorArchitecture
 from sparsight.train.average_precision import AveragePrecision, average_precision
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
 from sparsight.train.detection_task import DetectionTask
@@ -19,6 +19,7 @@ from sparsight.train.evaluate import Score, score
 from sparsight.train.evaluate_detection import DetectionScore, score_detector
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampled_task import SampledTask
+from sparsight.train.sampling import Plan, Sampling, apply_sampling, plan
 from sparsight.train.tasks import SegmentationTask
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "DetectionScore",
     "DetectionTask",
     "DetectorArchitecture",
+    "Plan",
     "Recipe",
     "SampledTask",
     "Sampling",
@@ -35,9 +37,11 @@ __all__ = [
     "Score",
     "SegmentationTask",
     "TemperatureAnnealing",
+    "apply_sampling",
     "average_precision",
     "geometric_temperature",
     "load_checkpoint",
+    "plan",
     "published_temperature",
     "save_checkpoint",
     "score",

@@ -107,12 +107,25 @@ class TemperatureAnnealing(L.Callback):
     accumulating gradients changes it. Logged as `temperature`.
 
     Args:
-        schedule: optimiser step -> temperature. None: `geometric_temperature` over the steps of the
-            run.
+        schedule: optimiser step -> temperature. None: `geometric_temperature` over the first
+            `share` of the run's steps.
+        share: in (0, 1]; at its end the last temperature is reached, and the rest of the run trains
+            with the masks that inference has. Default 1.
+
+    Raises:
+        ValueError: `share` is outside (0, 1].
     """
 
-    def __init__(self, schedule: Callable[[int], float] | None = None) -> None:
+    def __init__(
+        self, schedule: Callable[[int], float] | None = None, *, share: float = 1.0
+    ) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(
+                f"TemperatureAnnealing: share={share}; the part of the run in which the "
+                "temperature falls, in (0, 1], is required; pass 1.0 for the whole run."
+            )
         self.schedule = schedule
+        self.share = share
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -125,9 +138,8 @@ class TemperatureAnnealing(L.Callback):
         if self.schedule is not None:
             temperature = self.schedule(step)
         else:
-            temperature = geometric_temperature(
-                step, total_steps=int(trainer.estimated_stepping_batches)
-            )
+            steps = max(1, round(self.share * int(trainer.estimated_stepping_batches)))
+            temperature = geometric_temperature(step, total_steps=steps)
         for sampler in samplers:
             sampler.temperature = temperature
         pl_module.log("temperature", temperature)

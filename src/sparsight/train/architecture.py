@@ -8,39 +8,31 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sparsight.convert import sparsify
-from sparsight.models import faster_rcnn, semantic_fpn, torchvision_segmentation
-from sparsight.nn import Sampler
+from sparsight.models import (
+    faster_rcnn,
+    resnet_cifar,
+    semantic_fpn,
+    torchvision_resnet,
+    torchvision_segmentation,
+)
+from sparsight.train.sampling import Sampling, apply_sampling
 
-ModelName = Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50"]
-Layout = Literal["a", "b", "c"]
-Noise = Literal["white", "blue", "none"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a model was converted by `sparsight.sparsify`.
-
-    Attributes:
-        layout: masks per block, "a" one, "b" (paper's default) two, "c" one per convolution.
-        noise: "white" as published, "blue", or "none" for the deterministic baseline.
-        grid_stride: every grid_stride-th row and column is always computed; 11 as published, None
-            for no grid.
-    """
-
-    layout: Layout = "b"
-    noise: Noise = "white"
-    grid_stride: int | None = 11
+ModelName = Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50", "resnet", "resnet_cifar"]
+Backbone = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A segmentation model.
+    """A model for segmentation or classification.
 
     Attributes:
-        model: "semantic_fpn", or torchvision's "fcn_resnet50" or "deeplabv3_resnet50".
+        model: "semantic_fpn", or torchvision's "fcn_resnet50" or "deeplabv3_resnet50"; for
+            classes of whole images "resnet", torchvision's, or "resnet_cifar".
         num_classes: classes without the ignored one.
-        backbone: ResNet of the semantic FPN; None for torchvision's models.
+        backbone: ResNet of the semantic FPN, or which ResNet classifies: "resnet20" to "resnet110"
+            are those for CIFAR. None for torchvision's segmentation models.
         is_dilated: semantic FPN with dilation 2 and 4 in the last stages (resnet50 only).
         fpn_channels: width of the pyramid; None for torchvision's models.
         head_channels: width of the segmentation branch; None for torchvision's models.
@@ -50,7 +42,7 @@ class Architecture:
 
     model: ModelName = "semantic_fpn"
     num_classes: int = 11
-    backbone: Literal["resnet18", "resnet34", "resnet50"] | None = "resnet18"
+    backbone: Backbone | None = "resnet18"
     is_dilated: bool = False
     fpn_channels: int | None = 48
     head_channels: int | None = 48
@@ -176,12 +168,12 @@ def _differences(
     ]
     if other.sampling is not None and own.sampling is None:
         found.append("it is sampled, not dense")
-    elif (
-        other.sampling is not None
-        and own.sampling is not None
-        and other.sampling.layout != own.sampling.layout
-    ):
-        found.append(f"layout is {other.sampling.layout!r}, not {own.sampling.layout!r}")
+    elif other.sampling is not None and own.sampling is not None:
+        found += [
+            f"{name} is {getattr(other.sampling, name)!r}, not {getattr(own.sampling, name)!r}"
+            for name in ("layout", "sampler", "interpolation")
+            if getattr(other.sampling, name) != getattr(own.sampling, name)
+        ]
     return found
 
 
@@ -189,8 +181,8 @@ def build_dense(architecture: AnyArchitecture) -> nn.Module:
     """Return the dense model of `architecture`, with random weights.
 
     Returns:
-        A module (B, 3, H, W) -> {"out": (B, num_classes, H, W)}, or torchvision's detector, which
-        takes a list of images.
+        A module (B, 3, H, W) -> {"out": (B, num_classes, H, W)}; one that classifies whole images
+        -> (B, num_classes); torchvision's detector, which takes a list of images.
     """
     if isinstance(architecture, DetectorArchitecture):
         return faster_rcnn(
@@ -204,8 +196,14 @@ def build_dense(architecture: AnyArchitecture) -> nn.Module:
             fpn_channels=architecture.fpn_channels,
             head_channels=architecture.head_channels,
         )
+    if architecture.model == "resnet_cifar":
+        depth = int((architecture.backbone or "").removeprefix("resnet"))
+        return resnet_cifar(depth, num_classes=architecture.num_classes)
+    if architecture.model == "resnet":
+        assert architecture.backbone in ("resnet18", "resnet34", "resnet50")
+        return torchvision_resnet(architecture.backbone, num_classes=architecture.num_classes)
     if architecture.model == "semantic_fpn":
-        assert architecture.backbone is not None
+        assert architecture.backbone in ("resnet18", "resnet34", "resnet50")
         return semantic_fpn(
             architecture.backbone,
             num_classes=architecture.num_classes,
@@ -223,16 +221,6 @@ def convert(dense: nn.Module, architecture: AnyArchitecture) -> nn.Module:
         dense: what `build_dense` returned, with or without trained weights.
         architecture: its `sampling` says how to convert.
     """
-    if architecture.sampling is None:
-        return dense
-    sampling = architecture.sampling
-
-    def sampler(in_channels: int, *, stride: int = 1) -> Sampler:
-        return Sampler(
-            in_channels, stride=stride, noise=sampling.noise, grid_stride=sampling.grid_stride
-        )
-
-    where = (
-        architecture.is_sampled_block if isinstance(architecture, DetectorArchitecture) else None
-    )
-    return sparsify(dense, layout=sampling.layout, sampler=sampler, where=where)
+    if isinstance(architecture, DetectorArchitecture):
+        return apply_sampling(dense, architecture.sampling, where=architecture.is_sampled_block)
+    return apply_sampling(dense, architecture.sampling)

@@ -102,10 +102,14 @@ class DetectionTask(SampledTask):
     def update_metric(self, batch: DetectionBatch) -> None:
         """Collect what is found."""
         images, targets = batch
-        for found, target in zip(self.model(images), targets, strict=True):
+        # In float32 whatever the training's precision: torchvision's suppression of overlapping
+        # boxes wants boxes and scores of one dtype.
+        with torch.autocast(images[0].device.type, enabled=False):
+            detections = self.model(images)
+        for found, target in zip(detections, targets, strict=True):
             self._seen.append(int(target["image_id"]))
             self._detections += to_coco(
-                {name: value.float() for name, value in found.items()},
+                found,
                 image_id=int(target["image_id"]),
                 category_of=self.val_data.category_of,
             )

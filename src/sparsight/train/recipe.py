@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,9 @@ class Recipe:
         validate_every: epochs from one validation and stored state to the next.
         gradient_clip: largest norm of the gradient of a step.
         shows_progress: draw a progress bar.
+        anneal_share: part of the run in which the samplers' temperature falls, in (0, 1].
+        callbacks: further ones of Lightning's, run after the recipe's own; one that prunes filters
+            after each epoch is such a one.
     """
 
     train_data: Dataset[Any]
@@ -86,6 +89,8 @@ class Recipe:
     validate_every: int = 1
     gradient_clip: float = 5.0
     shows_progress: bool = True
+    anneal_share: float = 1.0
+    callbacks: Sequence[L.Callback] = ()
 
     def fit(self, task: SampledTask, *, resume: bool = False) -> None:
         """Train `task` in place, for what is left of `epochs`.
@@ -130,7 +135,12 @@ class Recipe:
                 check_val_every_n_epoch=self.validate_every,
                 logger=CSVLogger(self.out, name=None, version=f"log{num_logs or ''}"),
                 log_every_n_steps=10,
-                callbacks=[StepSeed(self.seed), TemperatureAnnealing(), state],
+                callbacks=[
+                    StepSeed(self.seed),
+                    TemperatureAnnealing(share=self.anneal_share),
+                    *self.callbacks,
+                    state,
+                ],
                 plugins=[AtomicCheckpointIO()],
                 enable_progress_bar=self.shows_progress,
                 enable_model_summary=False,

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsight.measure import MacCount, count_macs
-from sparsight.nn import Sampler, record_sampling
+from sparsight.nn import ReLUGate, Sampler, record_sampling
 from sparsight.nn.budget import BudgetController, SamplingPrice
-from sparsight.nn.objective import sampling_loss
 from sparsight.train.annealing import warmup_cosine
 from sparsight.train.architecture import AnyArchitecture
 
@@ -132,10 +131,10 @@ class SampledTask(L.LightningModule, ABC):
             loss = self.task_loss(batch)
             self.log("loss", loss, **logged)
             return loss
-        total = self.dense_macs(batch)
+        total_macs = self.dense_macs(batch)
         with record_sampling(self.model) as record:
             task_loss = self.task_loss(batch)
-            share = sampling_loss(record, total_macs=total)
+            share = self.objective.expected_share(record, total_macs=total_macs)
         loss = task_loss + self.objective(share, progress=self.progress)
         self._pending.append(float(share.detach()))
         self.log("loss", task_loss, **logged)
@@ -213,7 +212,8 @@ def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [
         parameter
         for module in model.modules()
-        if isinstance(module, Sampler) or type(module).__module__ == "sparsight.nn.interpolation"
+        if isinstance(module, Sampler | ReLUGate)
+        or type(module).__module__ == "sparsight.nn.interpolation"
         for parameter in module.parameters()
     ]
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from sparsight.nn.budget import distillation
 from sparsight.train.architecture import Architecture
 from sparsight.train.sampled_task import SampledTask
 
@@ -36,24 +37,45 @@ class SegmentationTask(SampledTask):
         model: (B, 3, H, W) -> {"out": (B, K, H, W) logits}.
         architecture: as for `SampledTask`.
         ignore_index: label of the pixels that do not count.
+        teacher: a model of the same contract that is learnt from, usually the dense network that
+            `model` was made of; None for the annotations alone. It is run in eval mode and is not
+            saved with the training state.
+        teacher_weight: of the divergence from the teacher, beside the cross-entropy's 1.
         **options: the other arguments of `SampledTask`.
 
     Logs `val_miou` beside what `SampledTask` logs.
     """
 
     def __init__(
-        self, model: nn.Module, architecture: Architecture, *, ignore_index: int, **options: Any
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        *,
+        ignore_index: int,
+        teacher: nn.Module | None = None,
+        teacher_weight: float = 1.0,
+        **options: Any,
     ) -> None:
         super().__init__(model, architecture, **options)
+        # In a tuple: a child would be trained, saved, and set to training mode.
+        self._teacher = None if teacher is None else (teacher.eval().requires_grad_(False),)
+        self.teacher_weight = teacher_weight
         self.ignore_index = ignore_index
         self.confusion = MulticlassConfusionMatrix(
             architecture.num_classes, ignore_index=ignore_index, validate_args=False
         )
 
     def task_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the cross-entropy over the pixels that count."""
-        logits = self.model(self.inputs_of(batch))["out"].float()
-        return F.cross_entropy(logits, batch[1], ignore_index=self.ignore_index)
+        """Return the cross-entropy over the pixels that count, and the divergence of all."""
+        images = self.inputs_of(batch)
+        logits = self.model(images)["out"].float()
+        loss = F.cross_entropy(logits, batch[1], ignore_index=self.ignore_index)
+        if self._teacher is None:
+            return loss
+        teacher = self._teacher[0].to(images.device)
+        with torch.no_grad():
+            taught = teacher(images)["out"].float()
+        return loss + self.teacher_weight * distillation(logits, taught)
 
     def update_metric(self, batch: tuple[Tensor, Tensor]) -> None:
         """Count pixels, at the size of the annotation."""

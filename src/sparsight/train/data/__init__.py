@@ -1,9 +1,9 @@
-"""Images and annotations as datasets: CamVid, COCO, and street scenes drawn on the spot.
+"""Images and annotations as datasets: CamVid, CIFAR-10, ImageNet, COCO, and what is drawn here.
 
-Enters: a folder or a seed. Leaves: pairs of an image and its annotation, a class map or a
-detector's target, as torchvision tv_tensors. A training item is a pure function of (seed, epoch,
-index), so an interrupted run can go on exactly, with any number of workers. May import: torch,
-torchvision, numpy, PIL.
+Enters: a folder or a seed. Leaves: pairs of an image, as torchvision's tv_tensor, and a class map,
+a class or a detector's target. A training item is a pure function of (seed, epoch, index), so an
+interrupted run can go on exactly, with any number of workers. May import: torch, torchvision,
+numpy, PIL.
 """
 
 from sparsight.train.data.augment import (
@@ -14,19 +14,37 @@ from sparsight.train.data.augment import (
 )
 from sparsight.train.data.boxes import collate_detection, detection_transform
 from sparsight.train.data.camvid import CamVid
+from sparsight.train.data.cifar10 import (
+    CIFAR10,
+    cifar10_evaluation_transform,
+    cifar10_training_transform,
+)
 from sparsight.train.data.coco import Coco
+from sparsight.train.data.imagenet import (
+    ImageFolders,
+    imagenet_evaluation_transform,
+    imagenet_training_transform,
+)
 from sparsight.train.data.synthetic import SyntheticScenes
+from sparsight.train.data.synthetic_classes import SyntheticClasses
 from sparsight.train.data.synthetic_coco import write_synthetic_coco
 
 __all__ = [
+    "CIFAR10",
     "CamVid",
     "Coco",
     "EpochSampler",
+    "ImageFolders",
     "SeededView",
+    "SyntheticClasses",
     "SyntheticScenes",
+    "cifar10_evaluation_transform",
+    "cifar10_training_transform",
     "collate_detection",
     "detection_transform",
     "evaluation_transform",
+    "imagenet_evaluation_transform",
+    "imagenet_training_transform",
     "training_transform",
     "write_synthetic_coco",
 ]

@@ -39,7 +39,7 @@ def training_transform(
             v2.ScaleJitter(target_size=size, scale_range=scale, antialias=True),
             v2.RandomCrop(size, pad_if_needed=True, fill=fill),
             v2.RandomHorizontalFlip(),
-            *_normalise(),
+            *normalise(),
         ]
     )
 
@@ -62,15 +62,26 @@ def evaluation_transform(size: tuple[int, int]) -> Transform:
 
 def normalised_picture(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Return uint8 pixels (3, h, w) as what models take: float32 (3, *size), normalised."""
-    resize = v2.Compose([v2.Resize(size, antialias=True), *_normalise()])
+    resize = v2.Compose([v2.Resize(size, antialias=True), *normalise()])
     return resize(tv_tensors.Image(pixels)).as_subclass(torch.Tensor)
 
 
-def _normalise() -> list[Transform]:
+def normalise() -> list[Transform]:
+    """Return the steps from a uint8 image to float32, normalised; annotations stay as they are."""
     return [
         v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
         v2.Normalize(MEAN, STD),
     ]
+
+
+def image_only(steps: list[Transform]) -> Transform:
+    """Return a transform of (image, class) pairs that sends the image through `steps`."""
+    composed = v2.Compose(steps)
+
+    def transform(image: tv_tensors.Image, label: int) -> tuple[Any, int]:
+        return composed(image), label
+
+    return transform
 
 
 class SeededView(Dataset[Any]):

@@ -114,12 +114,12 @@ class CamVid(Dataset[tuple[tv_tensors.Image, tv_tensors.Mask]]):
         )
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Return a picture as uint8 (H, W, 3) RGB; ValueError if the file is not an image."""
-    return _read(Path(path), mode="RGB")
+def read_image(path: str | Path, *, owner: str = "CamVid") -> np.ndarray:
+    """Return a picture as uint8 (H, W, 3) RGB; ValueError, in the owner's name, if it is none."""
+    return _read(Path(path), mode="RGB", owner=owner)
 
 
-def _read(path: Path, *, mode: str | None) -> np.ndarray:
+def _read(path: Path, *, mode: str | None, owner: str = "CamVid") -> np.ndarray:
     try:
         with Image.open(path) as file:
             return np.array(file if mode is None else file.convert(mode))
@@ -129,6 +129,6 @@ def _read(path: Path, *, mode: str | None) -> np.ndarray:
         SyntaxError,
     ) as error:  # PIL: SyntaxError for a broken PNG chunk
         raise ValueError(
-            f"CamVid: {str(path)!r} cannot be read as an image ({error}); a PNG or JPEG file is "
-            "required; fetch it again or remove it together with its annotation."
+            f"{owner}: {str(path)!r} cannot be read as an image ({error}); a PNG or JPEG file is "
+            "required; fetch it again, or remove it together with its annotation if it has one."
         ) from error
