@@ -267,7 +267,7 @@ def _let_move(stage: nn.Sequential) -> None:
 
 def _freeze_all_but(resnet: nn.Module, trainable_layers: int) -> None:
     """As torchvision: whatever lies in no thawed layer takes no gradient."""
-    thawed = list(_THAWED[:trainable_layers])
+    thawed: list[str] = list(_THAWED[:trainable_layers])
     if trainable_layers == len(_THAWED):
         thawed.append("bn1")
     for name, parameter in resnet.named_parameters():
