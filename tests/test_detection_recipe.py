@@ -126,8 +126,8 @@ def test_the_baselines_are_methods_of_the_recipe(tmp_path):
         (["--quick", "--init", "gone.safetensors"], "'gone.safetensors' does not exist"),
         (["--quick", "--pretrained", "gone.pth"], "'gone.pth' does not exist"),
         (
-            ["--quick", "--weights", "a.pth", "--init", "b"],
-            "weights='a.pth' and init='b' were both",
+            ["--quick", "--pretrained", "a.pth", "--init", "b"],
+            "pretrained='a.pth' and init='b' were both",
         ),
         (
             ["--quick", "--budget", "0.5", "--sampling-weight", "0.1"],
