@@ -46,6 +46,7 @@ HOMES = {
     "pytorch_lightning": ["train"],
     "torchmetrics": ["train"],
     "jsonargparse": ["cli.py"],
+    "faster_coco_eval": ["train/average_precision.py"],
     "matplotlib": ["train/pictures.py"],
     "onnx": ["export/onnx.py"],
     "onnxruntime": ["export/onnx.py"],

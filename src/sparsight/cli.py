@@ -18,7 +18,7 @@ _EXTRA = "pip install 'sparsight[train]'"
 _USAGE = """usage: sparsight COMMAND [arguments]
 
   train RECIPE --data DIR ...   train; RECIPE is a file such as recipes/segmentation/camvid.py
-  evaluate CHECKPOINT ...       mIoU, MACs and frozen milliseconds of a trained model
+  evaluate CHECKPOINT ...       mIoU or AP, MACs and frozen milliseconds of a trained model
   profile CHECKPOINT ...        density, MACs and milliseconds of each layer
   masks CHECKPOINT ...          pictures: image, sampling masks, prediction
   demo                          everything at once, small, on scenes drawn on the spot
@@ -41,17 +41,21 @@ def evaluate(
     batch_size: int = 8,
     out: str | None = None,
 ) -> dict[str, Any]:
-    """Score a checkpoint on CamVid: mIoU, MACs, and milliseconds frozen against its dense source.
+    """Score a checkpoint: metric, MACs, and milliseconds frozen against its dense source.
+
+    A segmentation model is scored on CamVid (mIoU), a detector on COCO (AP).
 
     Args:
         checkpoint: weights.safetensors of a training run.
-        data: folder with train/, trainannot/, val/, valannot/.
+        data: folder with train/, trainannot/, val/, valannot/; for a detector with annotations/,
+            train2017/, val2017/.
         split: which images.
         size: height and width in pixels, as 240x320; default: those of training. A smaller one is
-            the "resized" baseline: scores are always counted at the annotations' own size.
+            the "resized" baseline: scores are always counted at the annotations' own size. For a
+            detector: shorter side, and the bound on the longer.
         frozen: freeze the model first; scores then come from the kernels that will be deployed.
         latency: also measure milliseconds for one image, interleaved with the dense source.
-        seeds: number of sampling seeds, from 0; more than one gives mean and spread of the mIoU.
+        seeds: number of sampling seeds, from 0; more than one gives mean and spread of the metric.
         batch_size: images scored at once.
         out: JSON file to write the result to.
     """
@@ -59,7 +63,7 @@ def evaluate(
 
     from sparsight.convert import freeze
     from sparsight.measure import environment
-    from sparsight.nn import Sampler
+    from sparsight.train.architecture import DetectorArchitecture
     from sparsight.train.checkpoint import load_checkpoint, write_atomically
     from sparsight.train.data import CamVid, SeededView, evaluation_transform
     from sparsight.train.evaluate import score
@@ -71,14 +75,27 @@ def evaluate(
     model, architecture = load_checkpoint(checkpoint)
     model.eval()
     size = size or architecture.size
+    if isinstance(architecture, DetectorArchitecture):
+        result = _evaluate_detector(
+            model,
+            dataclasses.replace(architecture, size=size),
+            data=data,
+            split=split,
+            frozen=frozen,
+            latency=latency,
+            seeds=seeds,
+            batch_size=batch_size,
+        )
+        result = {"checkpoint": Path(checkpoint).name} | result
+        if out is not None:
+            write_atomically(out, json.dumps(result, indent=2, default=str).encode())
+        return result
     dataset = CamVid(data, split)
     view = SeededView(dataset, evaluation_transform(size))
     image = view[0][0][None].contiguous(memory_format=torch.channels_last)
     scores = []
     for seed in range(seeds):
-        for module in model.modules():
-            if isinstance(module, Sampler):
-                module.seed = seed
+        _seed_samplers(model, seed)
         deployed = freeze(model, example=image) if frozen else model
         batches = DataLoader(view, batch_size=batch_size)
         scores.append(
@@ -103,6 +120,69 @@ def evaluate(
     return result
 
 
+def _evaluate_detector(
+    model: torch.nn.Module,
+    architecture: Any,
+    *,
+    data: str,
+    split: str,
+    frozen: bool,
+    latency: bool,
+    seeds: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """As `evaluate`, at the size of `architecture`."""
+    from torch.utils.data import DataLoader
+
+    from sparsight.convert import freeze
+    from sparsight.measure import count_published_macs, environment
+    from sparsight.train.data import Coco, SeededView, collate_detection, detection_transform
+    from sparsight.train.evaluate_detection import score_detector
+
+    detector: Any = model
+    detector.transform.min_size = (architecture.size[0],)
+    detector.transform.max_size = architecture.size[1]
+    dataset = Coco(data, f"{split}2017", num_classes=architecture.num_classes)
+    view = SeededView(dataset, detection_transform(is_training=False))
+    images = [view[0][0]]
+    scores = []
+    for seed in range(seeds):
+        _seed_samplers(model, seed)
+        deployed = freeze(model, example=images) if frozen else model
+        batches = DataLoader(view, batch_size=batch_size, collate_fn=collate_detection)
+        scores.append(score_detector(deployed, batches, data=dataset))
+        print(f"seed {seed}: {scores[-1]}")
+    aps = torch.tensor([s.metrics.ap or 0.0 for s in scores], dtype=torch.float64)
+    result: dict[str, Any] = {
+        "architecture": architecture.to_json(),
+        "size": architecture.size,
+        "frozen": frozen,
+        "ap_mean": float(aps.mean()),
+        "ap_std": float(aps.std()) if seeds > 1 else None,
+        "scores": [dataclasses.asdict(s) for s in scores],
+        # The paper's "GFLOPs": the backbone at one nominal size, with these mean densities.
+        "published_gmacs": [
+            count_published_macs(
+                model, shorter_side=architecture.size[0], density=s.density or 1.0
+            ).total
+            / 1e9
+            for s in scores
+        ],
+        "environment": _plain(environment()),
+    }
+    if latency:
+        result["latency"] = _latency(model, architecture, images)
+    return result
+
+
+def _seed_samplers(model: torch.nn.Module, seed: int) -> None:
+    from sparsight.nn import Sampler
+
+    for module in model.modules():
+        if isinstance(module, Sampler):
+            module.seed = seed
+
+
 def profile(
     checkpoint: str,
     *,
@@ -114,17 +194,25 @@ def profile(
 
     Args:
         checkpoint: weights.safetensors of a training run.
-        size: height and width in pixels, as 240x320; default: those of training.
+        size: height and width in pixels, as 240x320; default: those of training. For a detector:
+            shorter side, and the bound on the longer.
         image: picture to run on; default: a drawn street scene. Densities depend on it.
         choose: "measured" runs the layers dense that are faster so on this picture, which changes
             what they return; below the table stands what both forms of each took. Default: none.
     """
     from sparsight import measure
     from sparsight.convert import freeze
+    from sparsight.train.architecture import DetectorArchitecture
     from sparsight.train.checkpoint import load_checkpoint
 
     model, architecture = load_checkpoint(checkpoint)
-    x = _picture(image, size or architecture.size)
+    x: Any = _picture(image, size or architecture.size)
+    if isinstance(architecture, DetectorArchitecture):
+        # A detector resizes and normalises by itself.
+        detector: Any = model
+        shorter, bound = size or architecture.size
+        detector.transform.min_size, detector.transform.max_size = (shorter,), bound
+        x = [_pixels(image, (shorter, min(bound, shorter * 4 // 3))).float() / 255]
     frozen = freeze(model.eval(), example=x, choose=choose)
     print(measure.profile(frozen, x))
     for name, module in frozen.named_modules():
@@ -153,11 +241,17 @@ def masks(
         shows_data: draw image and annotation, and masks over the image; false draws masks over the
             prediction, for data that may not be published.
     """
+    from sparsight.train.architecture import DetectorArchitecture
     from sparsight.train.checkpoint import load_checkpoint
     from sparsight.train.data import CamVid, SeededView, evaluation_transform
     from sparsight.train.pictures import draw_masks
 
     model, architecture = load_checkpoint(checkpoint)
+    if isinstance(architecture, DetectorArchitecture):
+        raise ValueError(
+            f"masks: {checkpoint!r} is a detector; a segmentation model is required; use "
+            "sparsight.record_sampling to see the masks of any other."
+        )
     dataset = CamVid(data, split)
     view = SeededView(dataset, evaluation_transform(architecture.size))
     written = []
@@ -314,30 +408,37 @@ def _size(value: str) -> str:
 
 
 def _picture(path: str | None, size: tuple[int, int]) -> torch.Tensor:
+    """A picture as segmentation models take it."""
     from sparsight.train.data.augment import normalised_picture
+
+    picture = normalised_picture(_pixels(path, size), size)[None]
+    return picture.contiguous(memory_format=torch.channels_last)
+
+
+def _pixels(path: str | None, size: tuple[int, int]) -> torch.Tensor:
+    """A picture as uint8 (3, h, w): a file's, or a drawn scene of the size."""
     from sparsight.train.data.camvid import read_image
     from sparsight.train.data.synthetic import draw_scene
 
     if path is None:
-        pixels = draw_scene(size, seed=0).image
-    else:
-        pixels = torch.from_numpy(read_image(path)).permute(2, 0, 1)
-    return normalised_picture(pixels, size)[None].contiguous(memory_format=torch.channels_last)
+        return draw_scene(size, seed=0).image
+    return torch.from_numpy(read_image(path)).permute(2, 0, 1)
 
 
-def _latency(model: torch.nn.Module, architecture: Any, image: torch.Tensor) -> Any:
+def _latency(model: torch.nn.Module, architecture: Any, example: Any) -> Any:
     from sparsight.convert import freeze
     from sparsight.measure import measure_latency
-    from sparsight.train.architecture import build_dense
+    from sparsight.train.architecture import DetectorArchitecture, build_dense
 
-    dense = (
-        build_dense(dataclasses.replace(architecture, sampling=None))
-        .eval()
-        .to(memory_format=torch.channels_last)
-    )
+    dense = build_dense(dataclasses.replace(architecture, sampling=None))
+    if isinstance(architecture, DetectorArchitecture):
+        # What the heads cost depends on what is found: the source has the same weights.
+        own = dense.state_dict()
+        dense.load_state_dict({k: v for k, v in model.state_dict().items() if k in own})
+    dense = dense.eval().to(memory_format=torch.channels_last)
     name = "dense" if architecture.sampling is None else "sampled"
-    rows = {"dense, eager channels-last": dense, f"{name}, frozen": freeze(model, example=image)}
-    measured = measure_latency({key: (lambda m=m: m(image)) for key, m in rows.items()})
+    rows = {"dense, eager channels-last": dense, f"{name}, frozen": freeze(model, example=example)}
+    measured = measure_latency({key: (lambda m=m: m(example)) for key, m in rows.items()})
     print(measured)
     return _plain(measured)
 

@@ -10,6 +10,7 @@ from sparsight.train.annealing import (
     geometric_temperature,
     published_temperature,
     warmup_cosine,
+    warmup_steps_down,
 )
 
 
@@ -76,3 +77,14 @@ def test_annealing_may_end_before_the_run_does():
 def test_a_part_that_is_no_part_is_refused(share):
     with pytest.raises(ValueError, match=r"TemperatureAnnealing: share=.*\(0, 1\]"):
         TemperatureAnnealing(share=share)
+
+
+def test_the_detectors_rate_rises_from_a_third_and_falls_twice():
+    """12 epochs of 100 steps: down after the 8th and the 11th."""
+    values = [warmup_steps_down(step, total_steps=1200) for step in range(1200)]
+    assert values[0] == pytest.approx(1 / 3)
+    assert values[250] == pytest.approx(2 / 3)
+    assert values[500:800] == [1.0] * 300
+    assert values[800:1100] == pytest.approx([0.1] * 300)
+    assert values[1100:] == pytest.approx([0.01] * 100)
+    assert max(b - a for a, b in pairwise(values)) == pytest.approx(2 / 3 / 500)

@@ -7,7 +7,9 @@ import torch
 from sparsight.nn import SampledBlock, Sampler
 from sparsight.train.architecture import (
     Architecture,
+    DetectorArchitecture,
     Sampling,
+    architecture_from_json,
     build_dense,
     convert,
 )
@@ -59,4 +61,62 @@ def test_a_dense_architecture_is_left_alone():
     ],
 )
 def test_differences_name_what_keeps_weights_from_fitting(wanted, stored, found):
+    assert wanted.differences(stored) == found
+
+
+DETECTOR = DetectorArchitecture(num_classes=3, backbone="resnet18", size=(64, 96))
+
+
+def test_json_says_which_kind_of_model_it_describes():
+    for architecture in (SMALL, DETECTOR, replace(DETECTOR, sampling=Sampling(noise="blue"))):
+        text = json.dumps(architecture.to_json())
+        assert architecture_from_json(json.loads(text)) == architecture
+    with pytest.raises(ValueError, match=r"DetectorArchitecture\.from_json: .* another version"):
+        architecture_from_json(DETECTOR.to_json() | {"colour": 1})
+
+
+def test_a_detector_is_what_it_says():
+    model = build_dense(
+        replace(DETECTOR, deformable=True, is_norm_frozen=True, fpn_channels=8, head_channels=16)
+    )
+    assert model.transform.min_size == (64,)
+    assert model.transform.max_size == 96
+    body = model.backbone.body
+    assert type(body.bn1).__name__ == "FrozenBatchNorm2d"
+    assert type(body.layer4[1]).__name__ == "DeformableBlock"
+    assert model.roi_heads.box_predictor.cls_score.weight.shape == (3, 16)
+
+
+@pytest.mark.parametrize(("first", "expected"), [(1, 8), (2, 6), (4, 2)])
+@pytest.mark.parametrize("deformable", [False, True])
+def test_detectors_are_sampled_from_a_layer_on(first, expected, deformable):
+    architecture = replace(
+        DETECTOR, deformable=deformable, first_sampled_layer=first, sampling=Sampling()
+    )
+    model = convert(build_dense(architecture), architecture)
+    names = [name for name, m in model.named_modules() if isinstance(m, SampledBlock)]
+    assert len(names) == expected
+    assert names[0] == f"backbone.body.layer{first}.0"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stored", "found"),
+    [
+        (DETECTOR, replace(DETECTOR, size=(800, 1333), trainable_layers=3), []),
+        (replace(DETECTOR, is_norm_frozen=True), DETECTOR, []),
+        (
+            DETECTOR,
+            replace(DETECTOR, is_norm_frozen=True),
+            ["is_norm_frozen is True, not False"],
+        ),
+        (replace(DETECTOR, sampling=Sampling(), first_sampled_layer=2), DETECTOR, []),
+        (
+            replace(DETECTOR, sampling=Sampling(), first_sampled_layer=2),
+            replace(DETECTOR, sampling=Sampling()),
+            ["first_sampled_layer is 1, not 2"],
+        ),
+        (DETECTOR, SMALL, ["model is 'semantic_fpn', not 'faster_rcnn'"]),
+    ],
+)
+def test_what_keeps_a_detectors_weights_from_fitting_is_named(wanted, stored, found):
     assert wanted.differences(stored) == found

@@ -74,6 +74,30 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
     assert all(torch.equal(tasks[1][name], value) for name, value in tasks[0].items())
 
 
+def test_validation_comes_every_so_many_epochs(tmp_path):
+    make_recipe(tmp_path, epochs=4, max_batches=1, validate_every=2).fit(make_task())
+    header, *rows = (tmp_path / "log" / "metrics.csv").read_text().splitlines()
+    column = header.split(",").index("val_miou")
+    assert len([row for row in rows if row.split(",")[column]]) == 2
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 3
+
+
+def test_the_gradient_of_a_step_is_clipped(tmp_path):
+    states = []
+    for clip in (5.0, 1e-9):
+        task = make_task()
+        start = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+        make_recipe(tmp_path / str(clip), epochs=1, max_batches=1, gradient_clip=clip).fit(task)
+        states.append(
+            max(
+                float((p.detach() - start[name]).abs().max())
+                for name, p in task.model.named_parameters()
+            )
+        )
+    # AdamW divides by the gradient's size, down to its epsilon of 1e-8.
+    assert states[1] < 0.5 * states[0]
+
+
 def test_another_architecture_is_not_resumed(tmp_path):
     make_recipe(tmp_path, epochs=1, max_batches=1).fit(make_task())
     other = make_task(architecture=replace(ARCHITECTURE, fpn_channels=16))

@@ -5,6 +5,7 @@ contract of torchvision's models, ready for `sparsight.sparsify`. May import: nn
 torchvision only to build a backbone that was asked for by name.
 """
 
+from sparsight.models.faster_rcnn import faster_rcnn
 from sparsight.models.resnet_cifar import ResNetCifar, load_resnet_cifar, resnet_cifar
 from sparsight.models.semantic_fpn import SemanticFPN, semantic_fpn
 from sparsight.models.state_dict import read_state_dict
@@ -14,6 +15,7 @@ from sparsight.models.torchvision_segmentation import torchvision_segmentation
 __all__ = [
     "ResNetCifar",
     "SemanticFPN",
+    "faster_rcnn",
     "load_resnet_cifar",
     "read_state_dict",
     "resnet_cifar",

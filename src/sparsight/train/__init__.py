@@ -11,9 +11,12 @@ from sparsight.train.annealing import (
     geometric_temperature,
     published_temperature,
 )
-from sparsight.train.architecture import Architecture
+from sparsight.train.architecture import Architecture, DetectorArchitecture
+from sparsight.train.average_precision import AveragePrecision, average_precision
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
+from sparsight.train.detection_task import DetectionTask
 from sparsight.train.evaluate import Score, score
+from sparsight.train.evaluate_detection import DetectionScore, score_detector
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampled_task import SampledTask
 from sparsight.train.sampling import Plan, Sampling, apply_sampling, plan
@@ -21,7 +24,11 @@ from sparsight.train.tasks import SegmentationTask
 
 __all__ = [
     "Architecture",
+    "AveragePrecision",
     "BudgetController",
+    "DetectionScore",
+    "DetectionTask",
+    "DetectorArchitecture",
     "Plan",
     "Recipe",
     "SampledTask",
@@ -31,11 +38,13 @@ __all__ = [
     "SegmentationTask",
     "TemperatureAnnealing",
     "apply_sampling",
+    "average_precision",
     "geometric_temperature",
     "load_checkpoint",
     "plan",
     "published_temperature",
     "save_checkpoint",
     "score",
+    "score_detector",
     "settle_on_budget",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from torch import nn
 
 from sparsight.models import (
+    faster_rcnn,
     resnet_cifar,
     semantic_fpn,
     torchvision_resnet,
@@ -69,48 +71,147 @@ class Architecture:
         What was added later than the first release of the format may be missing: it has its
         default.
         """
-        known = {field.name for field in fields(Architecture)}
-        if not known - {"is_deformable"} <= set(values) <= known:
-            raise ValueError(
-                f"Architecture.from_json: fields {sorted(values)} arrived; {sorted(known)} are "
-                "required; the checkpoint was written by another version of sparsight: evaluate "
-                "it with that version."
-            )
-        sampling = values["sampling"]
-        return Architecture(
-            **{
-                **values,
-                "size": tuple(values["size"]),
-                "sampling": None if sampling is None else Sampling(**sampling),
-            }
+        return Architecture(**_fields_from_json(Architecture, values))
+
+    def differences(self, other: AnyArchitecture) -> list[str]:
+        """Return what keeps weights of `other` from fitting; the image size does not."""
+        return _differences(self, other, ignored=("size", "sampling"))
+
+
+DetectorBackbone = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x8d"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorArchitecture:
+    """A detector, as `sparsight.models.faster_rcnn` builds it.
+
+    Attributes:
+        model: "faster_rcnn".
+        num_classes: classes, background included.
+        backbone: torchvision's name of the ResNet.
+        deformable: stages 2 to 4 are deformable.
+        is_norm_frozen: norms are constants.
+        trainable_layers: how many of the four stages and the stem learn, from the last.
+        fpn_channels: width of the pyramid.
+        head_channels: width of the box head.
+        size: shorter side that images are resized to, and the bound on the longer side, in pixels.
+        first_sampled_layer: 1 samples all residual blocks (layer1 to layer4), as published; 2 those
+            of conv3_x to conv5_x (layer2 to layer4); up to 4.
+        sampling: None for a dense model.
+    """
+
+    model: Literal["faster_rcnn"] = "faster_rcnn"
+    num_classes: int = 81
+    backbone: DetectorBackbone = "resnet50"
+    deformable: bool = False
+    is_norm_frozen: bool = False
+    trainable_layers: int = 5
+    fpn_channels: int = 256
+    head_channels: int = 1024
+    size: tuple[int, int] = (800, 1333)
+    first_sampled_layer: int = 1
+    sampling: Sampling | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for `json.dumps`."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> DetectorArchitecture:
+        """Return what `to_json` described; ValueError for unknown or missing fields."""
+        return DetectorArchitecture(**_fields_from_json(DetectorArchitecture, values))
+
+    def differences(self, other: AnyArchitecture) -> list[str]:
+        """Return what keeps weights of `other` from fitting; size and what learns do not.
+
+        Norms that were trained may be frozen, not the other way round.
+        """
+        ignored = ["size", "sampling", "trainable_layers"]
+        if self.is_norm_frozen:
+            ignored.append("is_norm_frozen")
+        if self.sampling is None or other.sampling is None:
+            ignored.append("first_sampled_layer")
+        return _differences(self, other, ignored=ignored)
+
+    def is_sampled_block(self, name: str, module: nn.Module) -> bool:
+        """Whether `sparsify` is to select a module of this name; its argument `where`."""
+        layers = range(self.first_sampled_layer, 5)
+        parts = name.split(".")
+        return (
+            len(parts) == 4
+            and parts[:2] == ["backbone", "body"]
+            and parts[2] in {f"layer{i}" for i in layers}
         )
 
-    def differences(self, other: Architecture) -> list[str]:
-        """Return what keeps weights of `other` from fitting; the image size does not."""
-        found = [
-            f"{field.name} is {getattr(other, field.name)!r}, not {getattr(self, field.name)!r}"
-            for field in fields(Architecture)
-            if field.name not in ("size", "sampling")
-            and getattr(self, field.name) != getattr(other, field.name)
+
+AnyArchitecture = Architecture | DetectorArchitecture
+_ADDED_LATER = {"is_deformable"}
+
+
+def architecture_from_json(values: dict[str, Any]) -> AnyArchitecture:
+    """Return the architecture of any kind that its `to_json` described."""
+    kind = DetectorArchitecture if values.get("model") == "faster_rcnn" else Architecture
+    return kind.from_json(values)
+
+
+def _fields_from_json(kind: type[AnyArchitecture], values: dict[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in fields(kind)}
+    if not known - _ADDED_LATER <= set(values) <= known:
+        raise ValueError(
+            f"{kind.__name__}.from_json: fields {sorted(values)} arrived; {sorted(known)} are "
+            "required; the checkpoint was written by another version of sparsight: evaluate "
+            "it with that version."
+        )
+    sampling = values["sampling"]
+    return {
+        **values,
+        "size": tuple(values["size"]),
+        "sampling": None if sampling is None else Sampling(**sampling),
+    }
+
+
+def _differences(
+    own: AnyArchitecture, other: AnyArchitecture, *, ignored: Sequence[str]
+) -> list[str]:
+    if type(own) is not type(other):
+        return [f"model is {other.model!r}, not {own.model!r}"]
+    found = [
+        f"{field.name} is {getattr(other, field.name)!r}, not {getattr(own, field.name)!r}"
+        for field in fields(own)
+        if field.name not in ignored and getattr(own, field.name) != getattr(other, field.name)
+    ]
+    if other.sampling is not None and own.sampling is None:
+        found.append("it is sampled, not dense")
+    elif other.sampling is not None and own.sampling is not None:
+        found += [
+            f"{name} is {getattr(other.sampling, name)!r}, not {getattr(own.sampling, name)!r}"
+            for name in ("layout", "sampler", "interpolation")
+            if getattr(other.sampling, name) != getattr(own.sampling, name)
         ]
-        if other.sampling is not None and self.sampling is None:
-            found.append("it is sampled, not dense")
-        elif other.sampling is not None and self.sampling is not None:
-            found += [
-                f"{name} is {getattr(other.sampling, name)!r}, not {getattr(self.sampling, name)!r}"
-                for name in ("layout", "sampler", "interpolation")
-                if getattr(other.sampling, name) != getattr(self.sampling, name)
-            ]
-        return found
+    return found
 
 
-def build_dense(architecture: Architecture) -> nn.Module:
+def build_dense(architecture: AnyArchitecture) -> nn.Module:
     """Return the dense model of `architecture`, with random weights.
 
     Returns:
         A module (B, 3, H, W) -> {"out": (B, num_classes, H, W)}; one that classifies whole images
-        -> (B, num_classes).
+        -> (B, num_classes); torchvision's detector, which takes a list of images.
     """
+    if isinstance(architecture, DetectorArchitecture):
+        return faster_rcnn(
+            architecture.backbone,
+            num_classes=architecture.num_classes,
+            deformable=architecture.deformable,
+            is_norm_frozen=architecture.is_norm_frozen,
+            trainable_layers=architecture.trainable_layers,
+            min_size=architecture.size[0],
+            max_size=architecture.size[1],
+            fpn_channels=architecture.fpn_channels,
+            head_channels=architecture.head_channels,
+        )
     if architecture.model == "resnet_cifar":
         depth = int((architecture.backbone or "").removeprefix("resnet"))
         return resnet_cifar(depth, num_classes=architecture.num_classes)
@@ -131,11 +232,13 @@ def build_dense(architecture: Architecture) -> nn.Module:
     return torchvision_segmentation(architecture.model, num_classes=architecture.num_classes)
 
 
-def convert(dense: nn.Module, architecture: Architecture) -> nn.Module:
+def convert(dense: nn.Module, architecture: AnyArchitecture) -> nn.Module:
     """Return `dense` itself, or a sparsified copy of it if the architecture is sampled.
 
     Args:
         dense: what `build_dense` returned, with or without trained weights.
         architecture: its `sampling` says how to convert.
     """
+    if isinstance(architecture, DetectorArchitecture):
+        return apply_sampling(dense, architecture.sampling, where=architecture.is_sampled_block)
     return apply_sampling(dense, architecture.sampling)

@@ -19,7 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sparsight.train.architecture import Architecture, build_dense, convert
+from sparsight.train.architecture import (
+    AnyArchitecture,
+    architecture_from_json,
+    build_dense,
+    convert,
+)
 
 _KEY = "sparsight.architecture"
 
@@ -39,7 +44,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: str | Path, model: nn.Module, architecture: Architecture) -> None:
+def save_checkpoint(path: str | Path, model: nn.Module, architecture: AnyArchitecture) -> None:
     """Write the weights of `model` and its architecture to one safetensors file.
 
     Args:
@@ -53,7 +58,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, architecture: Architectu
     write_atomically(path, save(tensors, metadata={_KEY: json.dumps(architecture.to_json())}))
 
 
-def read_architecture(path: str | Path) -> Architecture:
+def read_architecture(path: str | Path) -> AnyArchitecture:
     """Return the architecture stored in a checkpoint, without reading its weights.
 
     Raises:
@@ -64,8 +69,8 @@ def read_architecture(path: str | Path) -> Architecture:
 
 
 def load_checkpoint(
-    path: str | Path, *, expected: Architecture | None = None
-) -> tuple[nn.Module, Architecture]:
+    path: str | Path, *, expected: AnyArchitecture | None = None
+) -> tuple[nn.Module, AnyArchitecture]:
     """Return the model stored in a checkpoint and its architecture.
 
     Args:
@@ -100,7 +105,7 @@ def load_checkpoint(
     return model, architecture
 
 
-def _read(path: str | Path) -> tuple[Architecture, dict[str, Tensor]]:
+def _read(path: str | Path) -> tuple[AnyArchitecture, dict[str, Tensor]]:
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"load_checkpoint: {str(path)!r} does not exist; a *.safetensors file written by "
@@ -121,7 +126,7 @@ def _read(path: str | Path) -> tuple[Architecture, dict[str, Tensor]]:
             f"load_checkpoint: {str(path)!r} says nothing of its architecture; metadata {_KEY!r} "
             "is required; write it with sparsight.train.save_checkpoint."
         )
-    return Architecture.from_json(json.loads(metadata[_KEY])), tensors
+    return architecture_from_json(json.loads(metadata[_KEY])), tensors
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -54,7 +54,7 @@ class Recipe:
         train_transform: random transform of a pair; draws only from torch's global generator.
         val_data: as `train_data`.
         val_transform: deterministic transform of a pair.
-        out: folder for `last.ckpt` (training state, after each epoch) and `log/metrics.csv`.
+        out: folder for `last.ckpt` (training state, after each validation) and `log/metrics.csv`.
         epochs: passes over `train_data`.
         batch_size: images per step.
         seed: decides order, augmentation and sampling noise; initial weights are the caller's.
@@ -65,6 +65,8 @@ class Recipe:
         max_batches: at most so many batches an epoch and in validation; None for all.
         collate_fn: makes a batch of a list of transformed items, in the form that the task takes;
             None stacks them. Detectors need one: their images differ in size.
+        validate_every: epochs from one validation and stored state to the next.
+        gradient_clip: largest norm of the gradient of a step.
         shows_progress: draw a progress bar.
         anneal_share: part of the run in which the samplers' temperature falls, in (0, 1].
         callbacks: further ones of Lightning's, run after the recipe's own; one that prunes filters
@@ -84,6 +86,8 @@ class Recipe:
     accumulate: int = 1
     max_batches: int | None = None
     collate_fn: Callable[[list[Any]], Any] | None = None
+    validate_every: int = 1
+    gradient_clip: float = 5.0
     shows_progress: bool = True
     anneal_share: float = 1.0
     callbacks: Sequence[L.Callback] = ()
@@ -111,6 +115,7 @@ class Recipe:
         state = ModelCheckpoint(
             dirpath=self.out,
             filename=_STATE_NAME,
+            every_n_epochs=self.validate_every,
             save_on_train_epoch_end=True,  # after validation, whose share calibrates the controller
             enable_version_counter=False,
         )
@@ -123,10 +128,11 @@ class Recipe:
                 precision=self.precision,
                 max_epochs=self.epochs,
                 accumulate_grad_batches=self.accumulate,
-                gradient_clip_val=5.0,
+                gradient_clip_val=self.gradient_clip,
                 limit_train_batches=self.max_batches,
                 limit_val_batches=self.max_batches,
                 num_sanity_val_steps=0,
+                check_val_every_n_epoch=self.validate_every,
                 logger=CSVLogger(self.out, name=None, version=f"log{num_logs or ''}"),
                 log_every_n_steps=10,
                 callbacks=[

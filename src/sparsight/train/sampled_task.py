@@ -13,7 +13,7 @@ from sparsight.measure import MacCount, count_macs
 from sparsight.nn import ReLUGate, Sampler, record_sampling
 from sparsight.nn.budget import BudgetController, SamplingPrice
 from sparsight.train.annealing import warmup_cosine
-from sparsight.train.architecture import Architecture
+from sparsight.train.architecture import AnyArchitecture
 
 _NUM_MEASURED_BATCHES = 4
 
@@ -47,7 +47,7 @@ class SampledTask(L.LightningModule, ABC):
     def __init__(
         self,
         model: nn.Module,
-        architecture: Architecture,
+        architecture: AnyArchitecture,
         *,
         objective: BudgetController | SamplingPrice | None = None,
         lr: float = 1e-3,

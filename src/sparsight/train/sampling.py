@@ -30,6 +30,7 @@ from sparsight.nn import (
 )
 from sparsight.nn.budget import BudgetController, SamplingPrice, ShareWeights, check_budget
 
+Where = Callable[[str, nn.Module], bool]
 Method = Literal["sampled", "resized", "relu_gate", "perforated"]
 SamplerKind = Literal["gumbel", "relu_gate", "perforated"]
 InterpolationKind = Literal["rbf", "conv", "average", "nearest"]
@@ -67,12 +68,15 @@ class Sampling:
     rate: float = 0.5
 
 
-def apply_sampling(dense: nn.Module, sampling: Sampling | None) -> nn.Module:
+def apply_sampling(
+    dense: nn.Module, sampling: Sampling | None, *, where: Where | None = None
+) -> nn.Module:
     """Return `dense` itself for None, else a sparsified copy of it.
 
     Args:
-        dense: any model that `sparsight.sparsify` converts by default.
+        dense: any model that `sparsight.sparsify` converts.
         sampling: how.
+        where: which layers, as for `sparsify`. Default: every residual block.
 
     Raises:
         ConversionError: nothing in the model can be sampled.
@@ -84,6 +88,7 @@ def apply_sampling(dense: nn.Module, sampling: Sampling | None) -> nn.Module:
         layout=sampling.layout,
         sampler=_sampler(sampling),
         interpolation=_interpolation(sampling),
+        where=where,
     )
 
 

@@ -1,8 +1,9 @@
-"""Images and annotations as datasets: CamVid, CIFAR-10, ImageNet, and what is drawn on the spot.
+"""Images and annotations as datasets: CamVid, CIFAR-10, ImageNet, COCO, and what is drawn here.
 
-Enters: a folder or a seed. Leaves: pairs of an image, as torchvision's tv_tensor, and a class map
-or a class. A training item is a pure function of (seed, epoch, index), so an interrupted run can go
-on exactly, with any number of workers. May import: torch, torchvision, numpy, PIL.
+Enters: a folder or a seed. Leaves: pairs of an image, as torchvision's tv_tensor, and a class map,
+a class or a detector's target. A training item is a pure function of (seed, epoch, index), so an
+interrupted run can go on exactly, with any number of workers. May import: torch, torchvision,
+numpy, PIL.
 """
 
 from sparsight.train.data.augment import (
@@ -11,6 +12,7 @@ from sparsight.train.data.augment import (
     evaluation_transform,
     training_transform,
 )
+from sparsight.train.data.boxes import collate_detection, detection_transform
 from sparsight.train.data.camvid import CamVid
 from sparsight.train.data.cifar10 import (
     CIFAR10,
@@ -18,6 +20,7 @@ from sparsight.train.data.cifar10 import (
     cifar10_training_transform,
 )
 from sparsight.train.data.cityscapes import Cityscapes
+from sparsight.train.data.coco import Coco
 from sparsight.train.data.imagenet import (
     ImageFolders,
     imagenet_evaluation_transform,
@@ -25,11 +28,13 @@ from sparsight.train.data.imagenet import (
 )
 from sparsight.train.data.synthetic import SyntheticScenes
 from sparsight.train.data.synthetic_classes import SyntheticClasses
+from sparsight.train.data.synthetic_coco import write_synthetic_coco
 
 __all__ = [
     "CIFAR10",
     "CamVid",
     "Cityscapes",
+    "Coco",
     "EpochSampler",
     "ImageFolders",
     "SeededView",
@@ -37,8 +42,11 @@ __all__ = [
     "SyntheticScenes",
     "cifar10_evaluation_transform",
     "cifar10_training_transform",
+    "collate_detection",
+    "detection_transform",
     "evaluation_transform",
     "imagenet_evaluation_transform",
     "imagenet_training_transform",
     "training_transform",
+    "write_synthetic_coco",
 ]

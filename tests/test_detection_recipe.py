@@ -1,0 +1,142 @@
+"""The detection recipe from the command line: trained, evaluated, profiled, resumed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import resnet18
+
+from sparsight.cli import load_recipe, main
+
+RECIPE = str(Path(__file__).resolve().parents[1] / "recipes" / "detection" / "coco.py")
+FLAGS = ["--quick", "--backbone", "resnet18", "--progress-bar", "false"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    flags = [*FLAGS, "--deformable", "--budget", "0.6", "--out", str(out)]
+    assert main(["train", RECIPE, *flags]) == 0
+    return out
+
+
+def test_training_leaves_weights_a_score_and_a_log(trained):
+    result = json.loads((trained / "result.json").read_text())
+    assert result["num_images"] == 4
+    assert result["share"] == pytest.approx(0.6, abs=0.02)
+    assert result["macs_total"] < result["detector_macs_total"]
+    assert 0 <= result["metrics"]["ap"] <= 1
+    assert result["architecture"]["model"] == "faster_rcnn"
+    assert result["architecture"]["deformable"]
+    log = (trained / "log" / "metrics.csv").read_text()
+    for name in ("val_ap50", "loss_rpn_box_reg", "expected_share", "val_share"):
+        assert name in log
+
+
+def test_evaluating_counts_the_same_and_measures(trained, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    flags = ["--data", str(trained / "data"), "--seeds", "2", "--batch-size", "2"]
+    weights = str(trained / "weights.safetensors")
+    assert main(["evaluate", weights, *flags, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    before = json.loads((trained / "result.json").read_text())
+    first, second = result["scores"]
+    assert first["macs_total"] == before["macs_total"]
+    assert first["macs_dense"] == before["macs_dense"] == second["macs_dense"]
+    assert second["macs_total"] != first["macs_total"]
+    assert result["published_gmacs"][0] == pytest.approx(before["published_gmacs"])
+    assert result["ap_std"] is not None
+    assert {row["name"] for row in result["latency"]["rows"]} == {
+        "dense, eager channels-last",
+        "sampled, frozen",
+    }
+    assert "AP50" in capsys.readouterr().out
+
+
+def test_a_smaller_size_is_the_resized_baseline(trained, tmp_path):
+    out = tmp_path / "scores.json"
+    flags = ["--data", str(trained / "data"), "--size", "64x96", "--frozen", "false"]
+    flags += ["--latency", "false", "--out", str(out)]
+    assert main(["evaluate", str(trained / "weights.safetensors"), *flags]) == 0
+    before = json.loads((trained / "result.json").read_text())
+    score = json.loads(out.read_text())["scores"][0]
+    assert score["macs_dense"] == before["macs_dense"] * (64 * 96) / (96 * 128)
+
+
+def test_a_profile_names_the_layers(trained, capsys):
+    assert main(["profile", str(trained / "weights.safetensors")]) == 0
+    printed = capsys.readouterr().out
+    assert "backbone.body.layer2.1" in printed
+    assert "rpn.head" in printed
+
+
+def test_masks_of_a_detector_are_refused(trained, capsys):
+    flags = [str(trained / "weights.safetensors"), "--data", str(trained)]
+    assert main(["masks", *flags]) == 1
+    assert "is a detector; a segmentation model is required" in capsys.readouterr().err
+
+
+def test_a_dense_run_starts_a_sampled_one_on_the_same_images(tmp_path):
+    coco = load_recipe(Path(RECIPE))
+    torch.save(resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
+    common = {"backbone": "resnet18", "quick": True, "progress_bar": False}
+    dense = coco(
+        **common,
+        pretrained=str(tmp_path / "resnet18.pth"),
+        out=str(tmp_path / "a"),
+        overfit_images=2,
+    )
+    assert dense["num_images"] == 2
+    assert dense["share"] == 1.0
+    assert dense["architecture"]["is_norm_frozen"]
+    sampled = coco(
+        **common,
+        is_norm_frozen=True,
+        init=str(tmp_path / "a" / "weights.safetensors"),
+        sampling_weight=0.1,
+        weights="published",
+        interpolation="nearest",
+        first_sampled_layer=2,
+        out=str(tmp_path / "b"),
+    )
+    assert len(sampled["density"]) == 2 * 6
+    assert not any("layer1" in name for name in sampled["density"])
+    assert sampled["architecture"]["sampling"]["interpolation"] == "nearest"
+
+
+def test_the_baselines_are_methods_of_the_recipe(tmp_path):
+    coco = load_recipe(Path(RECIPE))
+    common = {"backbone": "resnet18", "quick": True, "progress_bar": False, "overfit_images": 2}
+    full = coco(**common, out=str(tmp_path / "full"))
+    resized = coco(**common, method="resized", budget=0.5, out=str(tmp_path / "resized"))
+    assert resized["architecture"]["size"] == (64, 88)
+    assert 0.3 < resized["macs_total"] / full["macs_total"] < 0.7
+    perforated = coco(**common, method="perforated", out=str(tmp_path / "perforated"))
+    assert len(perforated["density"]) == 16
+    assert 0.2 < sum(perforated["density"].values()) / 16 < 0.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "root='nowhere' has no annotations/instances_train2017.json"),
+        ([], "no data folder was given; a folder with annotations/instances_train2017.json"),
+        (["--quick", "--budget", "0"], "budget=0.0; a share of the dense model's MACs in (0, 1]"),
+        (["--quick", "--init", "gone.safetensors"], "'gone.safetensors' does not exist"),
+        (["--quick", "--pretrained", "gone.pth"], "'gone.pth' does not exist"),
+        (
+            ["--quick", "--pretrained", "a.pth", "--init", "b"],
+            "pretrained='a.pth' and init='b' were both",
+        ),
+        (
+            ["--quick", "--budget", "0.5", "--sampling-weight", "0.1"],
+            "budget=0.5 and sampling_weight=0.1 were both given",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_without_a_traceback(arguments, message, capsys, tmp_path):
+    assert main(["train", RECIPE, *arguments, "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error

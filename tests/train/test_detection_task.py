@@ -1,0 +1,150 @@
+from dataclasses import replace
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from sparsight.measure import count_macs
+from sparsight.nn import Sampler
+from sparsight.nn.budget import SamplingPrice
+from sparsight.train.architecture import DetectorArchitecture, Sampling, build_dense, convert
+from sparsight.train.data import (
+    Coco,
+    SeededView,
+    collate_detection,
+    detection_transform,
+    write_synthetic_coco,
+)
+from sparsight.train.detection_task import DetectionTask, backbone_input
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*deprecated", "ignore:.*does not have many workers"
+)
+DENSE = DetectorArchitecture(
+    num_classes=3, backbone="resnet18", fpn_channels=16, head_channels=32, size=(64, 96)
+)
+SAMPLED = replace(DENSE, sampling=Sampling())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Coco:
+    root = write_synthetic_coco(tmp_path_factory.mktemp("coco"), num_images=4, size=(64, 96))
+    return Coco(root)
+
+
+def batch_of(data, *indices):
+    view = SeededView(data, detection_transform(is_training=False))
+    return collate_detection([view[i] for i in indices])
+
+
+def make_task(data, architecture, **options):
+    torch.manual_seed(0)
+    model = convert(build_dense(architecture), architecture)
+    return DetectionTask(model, architecture, val_data=data, **options)
+
+
+def fit(task, batch, steps, **keywords):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **keywords,
+    )
+    loader = torch.utils.data.DataLoader([batch] * steps, batch_size=None)
+    val_loader = torch.utils.data.DataLoader([batch], batch_size=None)
+    trainer.fit(task, loader, val_loader)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("price", [None, 0.1])
+def test_a_batch_is_learnt_and_what_is_logged_has_torchvisions_names(data, price):
+    """Images of two sizes, one without an object."""
+    objective = None if price is None else SamplingPrice(price)
+    options = {"objective": objective, "optimizer": "adamw", "lr": 2e-3}
+    task = make_task(data, DENSE if price is None else SAMPLED, **options)
+    batch = batch_of(data, 0, 1, 2)
+    first = fit(task, batch, 1)
+    last = fit(task, batch, 15)
+    assert last["loss"] < 0.75 * first["loss"]
+    parts = [value for name, value in last.items() if name.startswith("loss_")]
+    assert len(parts) == 4
+    assert sum(parts) == pytest.approx(last["loss"], rel=1e-4)
+    assert {"val_ap", "val_ap50", "val_ap75"} <= set(last)
+    assert ("val_share" in last) == (price is not None)
+
+
+def test_mixed_precision_trains_and_validates(data):
+    task = make_task(data, SAMPLED, objective=SamplingPrice(0.1))
+    logged = fit(task, batch_of(data, 0, 1), 1, precision="bf16-mixed")
+    assert torch.tensor([logged["loss"], logged["val_share"]]).isfinite().all()
+    assert "val_ap" in logged
+
+
+def test_the_share_is_of_the_padded_batchs_backbone(data):
+    task = make_task(data, SAMPLED, objective=SamplingPrice(0.1))
+    batch = batch_of(data, 0, 1)
+    tensors = backbone_input(task.model, batch[0])
+    assert tensors.shape == (2, 3, 64, 96)
+    body = task.model.eval().backbone.body
+    assert task.dense_macs(batch) == count_macs(body, tensors).dense
+    counted = task.counted_macs(batch)
+    assert counted.dense == task.dense_macs(batch)
+    for module in task.model.modules():
+        if isinstance(module, Sampler):
+            nn.init.constant_(module.head.bias, 0.0)
+    logged = fit(task.train(), batch, 1)
+    # Half of what is gated, and all of the stem and the shortcuts.
+    assert 0.5 < logged["expected_share"] < 0.6
+
+
+def test_the_metric_is_that_of_the_images_seen(data):
+    task = make_task(data, DENSE).eval()
+
+    class Oracle(nn.Module):
+        """Finds what is there, in the second image something else too."""
+
+        def forward(self, images):
+            found = []
+            for image, target in zip(images, self.targets, strict=True):
+                boxes = target["boxes"]
+                scores = torch.full((len(boxes),), 0.9, dtype=image.dtype)
+                found.append({"boxes": boxes, "labels": target["labels"], "scores": scores})
+            return found
+
+    task.model = Oracle()
+    for indices in ((0, 1), (2,)):
+        images, task.model.targets = batch_of(data, *indices)
+        task.update_metric((images, task.model.targets))
+    assert task.compute_metric() == {
+        "val_ap": pytest.approx(1.0),
+        "val_ap50": pytest.approx(1.0),
+        "val_ap75": pytest.approx(1.0),
+    }
+    # Forgotten: a part of the images again, nothing found in it.
+    images, targets = batch_of(data, 3)
+    task.model.targets = [{**targets[0], "boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}]
+    task.update_metric((images, task.model.targets))
+    assert task.compute_metric()["val_ap"] == 0.0
+
+
+def test_the_published_optimiser_is_the_default(data):
+    task = make_task(data, replace(DENSE, trainable_layers=4))
+    task.trainer = type("T", (), {"estimated_stepping_batches": 12_000})()
+    configured = task.configure_optimizers()
+    optimizer = configured["optimizer"]
+    assert type(optimizer) is torch.optim.SGD
+    assert {g["momentum"] for g in optimizer.param_groups} == {0.9}
+    assert {g["initial_lr"] for g in optimizer.param_groups} == {0.01}
+    assert optimizer.param_groups[0]["weight_decay"] == 1e-4
+    learnt = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    assert learnt == {id(p) for p in task.model.parameters() if p.requires_grad}
+    assert id(task.model.backbone.body.conv1.weight) not in learnt
+    factor = configured["lr_scheduler"]["scheduler"].lr_lambdas[0]
+    assert [factor(step) for step in (0, 500, 7999, 8000, 11_000)] == pytest.approx(
+        [1 / 3, 1, 1, 0.1, 0.01]
+    )
