@@ -70,6 +70,7 @@ def test_docstring_examples_run(name):
 @pytest.mark.parametrize(
     "function",
     [
+        sparsight.calibrate,
         sparsight.freeze,
         sparsight.record_sampling,
         sparsight.sampling_loss,

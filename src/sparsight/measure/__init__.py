@@ -1,10 +1,11 @@
-"""Counting and timing: what a model computes for one input, and how long it takes.
+"""Counting and timing, what a model computes and how long it takes, and fitting it to a count.
 
 Enters: a model (ordinary, converted or frozen) or several callables, and what they take. Leaves:
 dataclasses with the unit in each number's name, which print as tables, and dated report files. May
 import nn, ops and convert; never train.
 """
 
+from sparsight.measure.calibrate import CalibrationReport, calibrate
 from sparsight.measure.environment import environment
 from sparsight.measure.latency import Latency, LatencyComparison, measure_latency
 from sparsight.measure.macs import MacCount, count_macs
@@ -14,12 +15,14 @@ from sparsight.measure.report import environment_block, markdown_table, write_re
 from sparsight.measure.sampled_layers import LayerMacs
 
 __all__ = [
+    "CalibrationReport",
     "Latency",
     "LatencyComparison",
     "LayerMacs",
     "LayerProfile",
     "MacCount",
     "Profile",
+    "calibrate",
     "count_macs",
     "count_published_macs",
     "environment",

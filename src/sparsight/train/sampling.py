@@ -52,6 +52,8 @@ class Sampling:
             (`PerforatedSampler`). noise and grid_stride are of "gumbel" only.
         interpolation: kernel that fills the holes: "rbf" (the paper's default), "conv", "average",
             "nearest"; None leaves zeros.
+        window: side of the square of sites that a hole sees, odd; 7 as published. On maps of few
+            channels a smaller one is cheaper: interpolation costs window^2 against 9 * channels.
         eps: added to the interpolation's denominator; None divides exactly, 1e-5 is the published
             code's. Of "rbf" and "conv" only.
         is_straight_through: masks of training are hard in value and soft in gradient.
@@ -63,6 +65,7 @@ class Sampling:
     grid_stride: int | None = 11
     sampler: SamplerKind = "gumbel"
     interpolation: InterpolationKind | None = "rbf"
+    window: int = 7
     eps: float | None = None
     is_straight_through: bool = False
     rate: float = 0.5
@@ -110,15 +113,17 @@ def _interpolation(sampling: Sampling) -> Callable[[], nn.Module]:
     if sampling.sampler == "relu_gate" or sampling.interpolation is None:
         return ZeroFill
     if sampling.interpolation == "rbf":
-        return partial(RBFInterpolation, eps=sampling.eps)
+        return partial(RBFInterpolation, window=sampling.window, eps=sampling.eps)
     if sampling.interpolation == "conv":
-        return partial(ConvInterpolation, eps=sampling.eps)
+        return partial(ConvInterpolation, window=sampling.window, eps=sampling.eps)
     if sampling.eps is not None:
         raise ValueError(
             f"Sampling: eps={sampling.eps} with interpolation={sampling.interpolation!r}; only "
             "'rbf' and 'conv' have a denominator to add it to; leave eps out."
         )
-    return AveragePoolInterpolation if sampling.interpolation == "average" else NearestInterpolation
+    if sampling.interpolation == "average":
+        return partial(AveragePoolInterpolation, window=sampling.window)
+    return partial(NearestInterpolation, window=sampling.window)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,45 @@
+"""The network that a run starts from: random, of a checkpoint, or of weights that torch saved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from sparsight.models import read_state_dict
+from sparsight.train.architecture import Architecture, build_dense, convert
+from sparsight.train.checkpoint import load_checkpoint
+
+
+def initial_network(architecture: Architecture, init: str | Path | None) -> nn.Module:
+    """Return the network of `architecture`, dense or sampled, with the weights asked for.
+
+    Args:
+        architecture: what to build.
+        init: a *.safetensors checkpoint of sparsight, dense or sampled; or a state_dict of the
+            dense network that was saved with torch (*.pt, *.pth), such as torchvision's; None for
+            random weights.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the weights are of another architecture.
+    """
+    if init is None:
+        return convert(build_dense(architecture), architecture)
+    if Path(init).suffix == ".safetensors":
+        return load_checkpoint(init, expected=architecture)[0]
+    dense = build_dense(replace(architecture, sampling=None))
+    advice = (
+        "a *.safetensors checkpoint of sparsight, or a state_dict of the dense network saved with "
+        "torch, is required; pass another file or change the flags of the architecture"
+    )
+    state = read_state_dict(init, name="initial_network", advice=advice)
+    try:
+        dense.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"initial_network: {str(init)!r} does not fit {architecture.model} "
+            f"{architecture.backbone} with {architecture.num_classes} classes ({error}); {advice}."
+        ) from error
+    return convert(dense, architecture)

@@ -1,0 +1,93 @@
+"""The classification recipes, on drawn stripes: from flags to a score on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsight.cli import load_recipe
+from sparsight.measure import count_macs
+from sparsight.nn import SampledBlock, ZeroFill
+from sparsight.train.checkpoint import load_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated")
+RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "classification"
+CIFAR10, IMAGENET = (load_recipe(RECIPES / f"{name}.py") for name in ("cifar10", "imagenet"))
+
+
+def test_a_quick_run_saves_a_network_that_meets_its_budget(tmp_path):
+    torch.manual_seed(0)
+    result = CIFAR10(quick=True, depth=20, budget=0.7, out=str(tmp_path / "a"), progress_bar=False)
+    assert abs(result["settled_share"] - 0.7) < 0.01
+    assert 0 <= result["top1"] <= result["top5"] <= 1
+    assert json.loads((tmp_path / "a" / "result.json").read_text())["top1"] == result["top1"]
+    network, architecture = load_checkpoint(tmp_path / "a" / "weights.safetensors")
+    assert (architecture.model, architecture.backbone) == ("resnet_cifar", "resnet20")
+    assert sum(isinstance(module, SampledBlock) for module in network.modules()) == 9
+    counted = count_macs(network.eval(), torch.randn(2, 3, 32, 32))
+    assert counted.total < counted.dense
+
+
+def test_a_dense_run_starts_a_sampled_one_that_learns_from_it(tmp_path):
+    CIFAR10(quick=True, depth=20, out=str(tmp_path / "dense"), progress_bar=False)
+    weights = str(tmp_path / "dense" / "weights.safetensors")
+    result = CIFAR10(
+        quick=True,
+        depth=20,
+        sampling_weight=0.1,
+        interpolation=None,
+        init=weights,
+        teacher=weights,
+        out=str(tmp_path / "sampled"),
+        progress_bar=False,
+    )
+    assert "settled_share" not in result
+    network, architecture = load_checkpoint(tmp_path / "sampled" / "weights.safetensors")
+    assert architecture.sampling is not None and architecture.sampling.interpolation is None
+    blocks = [module for module in network.modules() if isinstance(module, SampledBlock)]
+    assert all(isinstance(fill, ZeroFill) for block in blocks for fill in block.interpolations)
+
+
+def test_imagenet_runs_at_the_published_weight(tmp_path):
+    result = IMAGENET(
+        quick=True,
+        backbone="resnet18",
+        size=(32, 32),
+        sampling_weight=0.015,
+        out=str(tmp_path),
+        progress_bar=False,
+    )
+    assert result["architecture"]["backbone"] == "resnet18"
+    assert result["share"] > 0.5
+
+
+@pytest.mark.parametrize("recipe", [CIFAR10, IMAGENET])
+def test_without_data_the_layout_and_the_source_are_said(recipe):
+    with pytest.raises(ValueError, match=r"no data folder was given; .*is required; .*https://"):
+        recipe()
+
+
+def test_flags_that_contradict_each_other_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"budget=0\.5 and sampling_weight=0\.1 were both given"):
+        CIFAR10(quick=True, budget=0.5, sampling_weight=0.1, out=str(tmp_path))
+    with pytest.raises(ValueError, match=r"cifar10: method='resized'; the transforms"):
+        CIFAR10(quick=True, budget=0.5, method="resized", out=str(tmp_path))
+
+
+def test_a_calibrated_network_is_saved_where_training_may_start(tmp_path):
+    recipe = load_recipe(RECIPES / "calibrate_cifar10.py")
+    result = recipe(quick=True, budget=0.8, out=str(tmp_path / "a"), progress_bar=False)
+    assert abs(result["calibration"]["share"] - 0.8) < 0.02
+    trained = CIFAR10(
+        quick=True,
+        depth=20,
+        budget=0.8,
+        window=3,
+        init=str(tmp_path / "a" / "weights.safetensors"),
+        out=str(tmp_path / "b"),
+        progress_bar=False,
+    )
+    assert abs(trained["settled_share"] - 0.8) < 0.01
+    with pytest.raises(ValueError, match=r"calibrate_cifar10: no file of weights was given"):
+        recipe(data=str(tmp_path))
