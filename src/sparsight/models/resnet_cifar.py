@@ -129,6 +129,7 @@ def resnet_cifar(depth: int, *, num_classes: int = 10) -> ResNetCifar:
     Cost: 40.6, 68.9, 97.2 and 125.5 million multiply-adds for a 32x32 image at depth 20 to 56.
 
     Example:
+        >>> import torch
         >>> resnet_cifar(20).eval()(torch.zeros(1, 3, 32, 32)).shape
         torch.Size([1, 10])
 
