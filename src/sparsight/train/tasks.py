@@ -81,7 +81,7 @@ class SegmentationTask(SampledTask):
         return loss + self.teacher_weight * distillation(logits, taught)
 
     def _mean_num_pixels(self, labels: Tensor) -> Tensor:
-        """Pixels that count, mean over processes: in the mean of their losses all weigh the same."""
+        """Pixels that count, the mean over processes: then all weigh the same in their gradient."""
         counted = (labels != self.ignore_index).sum().float()
         return reduce_over_processes(counted, "mean").clamp(min=1.0)
 
