@@ -28,7 +28,7 @@ __all__ = [
     "refusal",
 ]
 
-_CACHED_SIZES = 8
+_NUM_CACHED = 8
 
 Form = Literal["dense", "sampled"]
 
@@ -84,21 +84,24 @@ class FrozenSampler(nn.Module):
 
     Attributes:
         head: shape of the head that the layer's kernel evaluates, for `measure`; else None.
+        seed: of the noise, where the kernel evaluates the head; may be set at any time between two
+            calls, see `sparsight.nn.set_seed`.
     """
 
     kind: NoiseKind
+    seed: int
     ranks: Tensor | None
 
     def __init__(self, sampler: nn.Module, *, inside: bool) -> None:
         super().__init__()
         self.inside = inside
         self.source = None if inside else copy.deepcopy(sampler)
-        self.settings = sampler.extra_repr()
         self.head: block_ops.StageShape | None = None
         if inside:
             assert isinstance(sampler, Sampler)
             self.kind = sampler.noise
             self.seed, self.layer = sampler.seed, sampler.layer
+            self.grid_stride = sampler.grid_stride
             self.head = block_ops.StageShape(
                 in_channels=sampler.head.in_channels,
                 out_channels=1,
@@ -110,19 +113,19 @@ class FrozenSampler(nn.Module):
                 mask=0,
             )
             self.register_buffer("ranks", sampler.ranks, persistent=False)
-        # Noise of the last few map sizes: a pure function of the size, not state.
-        self._noise: dict[tuple[int, int, int], Tensor] = {}
+        # Noise of the last few seeds and map sizes: a pure function of these, not state.
+        self._noise: dict[tuple[int, int, int, int], Tensor] = {}
 
     def noise(self, batch: int, height: int, width: int) -> Float[Tensor, "B 1 Ho Wo"]:
         """What is added to the logits of a map of this size."""
         if torch.compiler.is_compiling():
             return self._draw(batch, height, width)
-        key = (batch, height, width)
+        key = (self.seed, batch, height, width)
         noise = self._noise.get(key)
         if noise is None:
             noise = self._draw(batch, height, width)
             # A new dict, not a changed one: other threads may be reading.
-            kept = list(self._noise.items())[-(_CACHED_SIZES - 1) :]
+            kept = list(self._noise.items())[-(_NUM_CACHED - 1) :]
             self._noise = {**dict(kept), key: noise}
         return noise
 
@@ -153,8 +156,13 @@ class FrozenSampler(nn.Module):
         return SamplingDecision(mask, probability, None)
 
     def extra_repr(self) -> str:
-        """The source's settings, for repr."""
-        return self.settings
+        """The source's settings, with the seed as it is now, for repr."""
+        if self.source is not None:
+            return self.source.extra_repr()
+        return (
+            f"noise={self.kind!r}, grid_stride={self.grid_stride}, seed={self.seed}, "
+            f"layer={self.layer}"
+        )
 
 
 class FrozenBlock(nn.Module):
