@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from sparsight.nn.frozen_block import FrozenSampler
+from sparsight.nn.frozen_sampler import FrozenSampler
 from sparsight.nn.sampler import Sampler
 
 __all__ = ["set_seed"]
