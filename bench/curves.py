@@ -35,6 +35,7 @@ seed and no milliseconds. Expected fields:
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -309,8 +310,8 @@ def draw(points: Sequence[Point], cost: str, path: Path) -> bool:
         drawn = axes.errorbar(
             [spread.mean / divisor for spread in costs],
             [100 * point.score.mean for point in of_curve],
-            xerr=[(spread.std or 0.0) / divisor for spread in costs],
-            yerr=[100 * (point.score.std or 0.0) for point in of_curve],
+            xerr=[_bar(spread) / divisor for spread in costs],
+            yerr=[100 * _bar(point.score) for point in of_curve],
             marker="o",
             markersize=4,
             capsize=3,
@@ -339,6 +340,10 @@ def draw(points: Sequence[Point], cost: str, path: Path) -> bool:
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     figure.savefig(path.with_suffix(".png"), dpi=150)
     return True
+
+
+def _bar(spread: Spread) -> float:
+    return math.nan if spread.std is None else spread.std  # which draws none
 
 
 def main(argv: Sequence[str] | None = None) -> None:
