@@ -16,11 +16,13 @@ from sparsight.nn.interpolation import (
 from sparsight.nn.noise import blue_noise_tile
 from sparsight.nn.objective import sampling_loss
 from sparsight.nn.perforation import PerforatedSampler
+from sparsight.nn.recompute import recompute_activations
 from sparsight.nn.record import RecordedDecision, SamplingRecord, record_sampling
 from sparsight.nn.relu_gate import ReLUGate
 from sparsight.nn.sampled_block import SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
 from sparsight.nn.sampler import Sampler, SamplingDecision
+from sparsight.nn.seed import set_seed
 
 __all__ = [
     "AveragePoolInterpolation",
@@ -39,6 +41,8 @@ __all__ = [
     "SamplingRecord",
     "ZeroFill",
     "blue_noise_tile",
+    "recompute_activations",
     "record_sampling",
     "sampling_loss",
+    "set_seed",
 ]

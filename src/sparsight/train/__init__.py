@@ -16,7 +16,10 @@ from sparsight.train.average_precision import AveragePrecision, average_precisio
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
 from sparsight.train.detection_task import DetectionTask
 from sparsight.train.evaluate import Score, score
+from sparsight.train.evaluate_checkpoint import evaluate_checkpoint
+from sparsight.train.evaluate_classification import ClassificationScore, score_classification
 from sparsight.train.evaluate_detection import DetectionScore, score_detector
+from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampled_task import SampledTask
 from sparsight.train.sampling import Plan, Sampling, apply_sampling, plan
@@ -26,9 +29,11 @@ __all__ = [
     "Architecture",
     "AveragePrecision",
     "BudgetController",
+    "ClassificationScore",
     "DetectionScore",
     "DetectionTask",
     "DetectorArchitecture",
+    "Hardware",
     "Plan",
     "Recipe",
     "SampledTask",
@@ -39,12 +44,14 @@ __all__ = [
     "TemperatureAnnealing",
     "apply_sampling",
     "average_precision",
+    "evaluate_checkpoint",
     "geometric_temperature",
     "load_checkpoint",
     "plan",
     "published_temperature",
     "save_checkpoint",
     "score",
+    "score_classification",
     "score_detector",
     "settle_on_budget",
 ]

@@ -11,8 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from sparsight.convert.find import block_class
-from sparsight.nn import SampledBlock
-from sparsight.nn.recompute import recompute_activations
+from sparsight.nn import SampledBlock, recompute_activations
 
 
 @dataclass(frozen=True, kw_only=True)

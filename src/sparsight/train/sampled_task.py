@@ -13,10 +13,17 @@ from torch import Tensor, nn
 
 from sparsight.measure import MacCount, count_macs
 from sparsight.nn import ReLUGate, Sampler, record_sampling
-from sparsight.nn.budget import BudgetController, SamplingPrice
+from sparsight.nn.budget import (
+    BudgetController,
+    SamplingPrice,
+    SharePull,
+    mean_pull,
+    sampler_levels,
+    share_pull,
+)
 from sparsight.train.annealing import warmup_cosine
 from sparsight.train.architecture import AnyArchitecture
-from sparsight.train.processes import reduce_over_processes
+from sparsight.train.processes import is_distributed, reduce_over_processes
 
 _NUM_MEASURED_BATCHES = 4
 
@@ -67,7 +74,7 @@ class SampledTask(L.LightningModule, ABC):
         self.weight_decay = weight_decay
         self.warmup = warmup
         self._macs_per_image: dict[tuple[int, ...], int] = {}
-        self._pending: list[float] = []  # expected shares since the last optimiser step
+        self._pending: list[SharePull] = []  # of the micro-batches since the last optimiser step
         self._measured = [0, 0]  # MACs that some validation batches needed, and dense ones
         self._measure_every = 1
         # What the objective saw lately; a buffer, so that a resumed run calibrates as the
@@ -138,26 +145,29 @@ class SampledTask(L.LightningModule, ABC):
         with record_sampling(self.model) as record:
             task_loss = self.task_loss(batch)
             share = self.objective.expected_share(record, total_macs=total_macs)
-        # Charged is what all processes compute together: the value is their mean, the gradient
-        # each one's own, of which the strategy takes the mean.
-        share = share + (reduce_over_processes(share, "mean") - share.detach())
-        loss = task_loss + self.objective(share, progress=self.progress)
-        self._pending.append(float(share.detach()))
+        loss = task_loss + self.objective(share)
+        self._pending.append(share_pull(self.model, record, total_macs=total_macs))
         self.log("loss", task_loss, **logged)
         self.log("expected_share", share, **logged)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the price follow the expected share, once per optimiser step."""
+        """Let price and levels follow the expected share, once per optimiser step."""
         if self.objective is None or not self._pending:
             return
-        share = sum(self._pending) / len(self._pending)
+        pull = self._mean_over_processes(mean_pull(self._pending))
         self._pending.clear()
-        self.recent_share.lerp_(torch.tensor(share), 0.1)
-        total = int(self.trainer.estimated_stepping_batches)
-        self.objective.update(share, progress=self.progress, total_steps=total)
+        self.recent_share.lerp_(self.recent_share.new_tensor(pull.share), 0.1)
+        self.objective.update(sampler_levels(self.model), pull, progress=self.progress)
         if isinstance(self.objective, BudgetController):
             self.log("multiplier", self.objective.multiplier)
+
+    def _mean_over_processes(self, pull: SharePull) -> SharePull:
+        """What the gradients, which are means over processes by now, answer to."""
+        if not is_distributed():
+            return pull
+        values = torch.tensor([pull.share, pull.slope, pull.price_slope], device=self.device)
+        return SharePull(*reduce_over_processes(values, "mean").tolist())
 
     def on_validation_epoch_start(self) -> None:
         """Spread the batches on which MACs are counted over the set, in all processes alike."""
