@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"does not fit.*are unknown \(first .*layer1\.2\.conv1"):
         load_torchvision_weights(model, tmp_path / "other.pth")
     torch.save({"epoch": 3}, tmp_path / "state.pth")
-    with pytest.raises(ValueError, match=r"holds no state_dict \(it is no mapping"):
+    with pytest.raises(ValueError, match=r"holds no state_dict \(its 'epoch' is a int"):
         load_torchvision_weights(model, tmp_path / "state.pth")
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
     with pytest.raises(ValueError, match=r"holds no state_dict \(it holds more than tensors"):
