@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from sparsight.models.state_dict import read_state_dict
-from sparsight.nn import DeformableBlock, DeformableConv2d
+from sparsight.nn.deform_block import make_stage_deformable
 
 BackboneName = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x8d"
@@ -119,7 +119,7 @@ def faster_rcnn(
     _freeze_all_but(resnet, trainable_layers)
     if deformable:
         for name in _STAGES[1:]:
-            _let_move(cast(nn.Sequential, getattr(resnet, name)))
+            make_stage_deformable(getattr(resnet, name))
     pyramid = BackboneWithFPN(
         resnet,
         return_layers={name: str(i) for i, name in enumerate(_STAGES)},
@@ -249,17 +249,6 @@ def _stage_channels(resnet: nn.Module) -> list[int]:
             )
         widths.append(last.out_channels)
     return widths
-
-
-def _let_move(stage: nn.Sequential) -> None:
-    """Make the 3x3 convolutions of a stage deformable, guided by the blocks' inputs."""
-    for i, block in enumerate(stage):
-        if tuple(cast(Any, block).conv1.stride) == (1, 1):
-            stage[i] = DeformableBlock(block)
-        else:
-            # A basic block that halves the resolution does so in conv1: its input is larger than
-            # what conv2 reads. The published code has no basic blocks.
-            block.conv2 = DeformableConv2d.from_conv(cast(nn.Conv2d, block.conv2))
 
 
 def _freeze_all_but(resnet: nn.Module, trainable_layers: int) -> None:
