@@ -5,9 +5,9 @@
 //     out[p][:] = sum_q w_q values[q][:] / sum_q w_q, then + residual, activation; sites are copied
 //
 // Rows are channels-last. Without eps, a weight that hardly counts beside that of the nearest site
-// is not read: below 2^-26 of it, a quarter of float32's rounding
-// (kNegligible); on bfloat16 rows below 2^-12 of it, an eighth of theirs (kNegligibleNarrow). That
-// leaves one to four rows a hole at the published width. Included in an ISA-named namespace.
+// is not read: below 2^-26 of it, a quarter of float32's rounding (kNegligible); on bfloat16 rows
+// below 2^-12 of it, an eighth of theirs (kNegligibleNarrow). That leaves one to four rows a hole
+// at the published width. Included in an ISA-named namespace.
 
 constexpr int kMaxWindowTaps = kMaxWindow * kMaxWindow;
 
