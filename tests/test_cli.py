@@ -10,6 +10,7 @@ from PIL import Image
 from sparsight.cli import find_recipe, load_recipe, main, normalise_flags
 from sparsight.train.data import SyntheticScenes
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = str(ROOT / "recipes" / "segmentation" / "camvid.py")
 

@@ -7,6 +7,8 @@ from sparsight.train.architecture import Architecture, Sampling, build_dense, co
 from sparsight.train.data.augment import normalised_picture
 from sparsight.train.pictures import colour_classes, draw_masks, overlay_mask, to_pixels
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
+
 SMALL = Architecture(num_classes=3, fpn_channels=8, head_channels=8, sampling=Sampling())
 
 
