@@ -1,10 +1,13 @@
-"""For all tests: one torch thread, unless a test asks for more.
+"""For all tests: one torch thread, unless a test asks for more; threads sleep while they wait.
 
-On a shared machine torch's spinning pool makes tiny operators hundreds of times slower.
+On a shared machine OpenMP's spinning pool makes tiny operators hundreds of times slower.
 """
 
+import os
 import sys
 from collections.abc import Iterator
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch loads libgomp
 
 import pytest
 import torch
