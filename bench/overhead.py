@@ -29,7 +29,8 @@ from harness.script import Settings, argument_parser, compare, run_script, setti
 from harness.stages import Row, Stage
 from sparsight.measure import Latency, MacCount, count_macs
 from sparsight.nn import ZeroFill
-from sparsight.nn.frozen_block import FrozenBlock, FrozenSampler
+from sparsight.nn.frozen_block import FrozenBlock
+from sparsight.nn.frozen_sampler import FrozenSampler
 from sparsight.ops import sites_from_mask
 from sparsight.ops.block import sampled_block
 

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from sparsight.cli import find_recipe, load_recipe, main, normalise_flags
+from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
+from sparsight.train.checkpoint import read_dataset, save_checkpoint
 from sparsight.train.data import SyntheticScenes
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet18")
@@ -62,12 +64,20 @@ def test_evaluating_counts_the_same_and_measures(trained, data, tmp_path, capsys
     assert result["scores"][0]["macs_total"] == trained_result["macs_total"]
     assert result["scores"][0]["miou"] == pytest.approx(trained_result["miou"], abs=0.01)
     assert result["scores"][1]["macs_total"] != result["scores"][0]["macs_total"]
-    assert result["miou_std"] is not None
-    assert {row["name"] for row in result["latency"]["rows"]} == {
+    assert (result["dataset"], result["metric"]) == ("camvid", "miou")
+    mious = [score["miou"] for score in result["scores"]]
+    assert result["summary"]["miou"]["mean"] == pytest.approx(sum(mious) / 2)
+    assert (result["summary"]["miou"]["min"], result["summary"]["miou"]["max"]) == (
+        min(mious),
+        max(mious),
+    )
+    assert [row["name"] for row in result["latency"]["rows"]] == [
         "dense, eager channels-last",
+        "dense, frozen",
         "sampled, frozen",
-    }
-    assert "mIoU" in capsys.readouterr().out
+    ]
+    printed = capsys.readouterr().out
+    assert "mIoU" in printed and "; 2 sampling seeds" in printed
 
 
 def test_a_profile_names_the_layers(trained, capsys):
@@ -81,16 +91,40 @@ def test_a_profile_with_measured_layers_says_what_both_forms_took(trained, capsy
     assert re.search(line, capsys.readouterr().out)
 
 
+def test_a_profile_of_a_classifier_names_the_layers(tmp_path, capsys):
+    architecture = Architecture(
+        model="resnet_cifar", num_classes=10, backbone="resnet8", size=(32, 32), sampling=Sampling()
+    )
+    weights = tmp_path / "weights.safetensors"
+    save_checkpoint(weights, convert(build_dense(architecture), architecture), architecture)
+    assert main(["profile", str(weights)]) == 0
+    assert "layer3.0" in capsys.readouterr().out
+
+
 def test_masks_are_drawn(trained, data, tmp_path):
     arguments = [str(trained / "weights.safetensors"), "--data", str(data), "--images", "[0,2]"]
     assert main(["masks", *arguments, "--out", str(tmp_path)]) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["scene0.png", "scene2.png"]
+    written = ["overview.png", "scene0.png", "scene2.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == written
+    assert main(["masks", *arguments, "--out", str(tmp_path / "b"), "--per-sampler", "false"]) == 0
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["overview.png"]
 
 
 def test_an_image_that_is_not_there_is_named(trained, data, tmp_path, capsys):
     arguments = [str(trained / "weights.safetensors"), "--data", str(data), "--images", "[7]"]
     assert main(["masks", *arguments, "--out", str(tmp_path)]) == 1
-    assert "masks: image 7 of 3 in 'val'; 0 to 2 is required" in capsys.readouterr().err
+    assert "camvid: image 7 of 3; 0 to 2 is required" in capsys.readouterr().err
+
+
+def test_another_data_set_is_asked_for_in_vain(trained, data, capsys):
+    """A run is recorded as one of CamVid; the images and the number of classes must fit."""
+    assert read_dataset(trained / "weights.safetensors") == "camvid"
+    flags = [str(trained / "weights.safetensors"), "--data", str(data), "--dataset"]
+    assert main(["evaluate", *flags, "cityscapes"]) == 1
+    assert "Cityscapes: root=" in capsys.readouterr().err
+    assert main(["masks", *flags, "coco"]) == 1
+    error = capsys.readouterr().err
+    assert "'coco' was asked for; one of camvid, cityscapes is required; pass it as" in error
 
 
 @pytest.mark.parametrize(

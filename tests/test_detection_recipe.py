@@ -47,11 +47,13 @@ def test_evaluating_counts_the_same_and_measures(trained, tmp_path, capsys):
     assert first["macs_dense"] == before["macs_dense"] == second["macs_dense"]
     assert second["macs_total"] != first["macs_total"]
     assert result["published_gmacs"][0] == pytest.approx(before["published_gmacs"])
-    assert result["ap_std"] is not None
-    assert {row["name"] for row in result["latency"]["rows"]} == {
+    assert (result["dataset"], result["metric"]) == ("coco", "ap")
+    assert result["summary"]["share"]["std"] > 0
+    assert [row["name"] for row in result["latency"]["rows"]] == [
         "dense, eager channels-last",
+        "dense, frozen",
         "sampled, frozen",
-    }
+    ]
     assert "AP50" in capsys.readouterr().out
 
 
@@ -72,10 +74,13 @@ def test_a_profile_names_the_layers(trained, capsys):
     assert "rpn.head" in printed
 
 
-def test_masks_of_a_detector_are_refused(trained, capsys):
-    flags = [str(trained / "weights.safetensors"), "--data", str(trained)]
-    assert main(["masks", *flags]) == 1
-    assert "is a detector; a segmentation model is required" in capsys.readouterr().err
+def test_masks_of_a_detector_are_drawn(trained, tmp_path):
+    flags = [str(trained / "weights.safetensors"), "--data", str(trained / "data")]
+    assert (
+        main(["masks", *flags, "--images", "[1]", "--size", "64x96", "--out", str(tmp_path)]) == 0
+    )
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["000000000107.png", "overview.png"]
 
 
 def test_a_dense_run_starts_a_sampled_one_on_the_same_images(tmp_path):

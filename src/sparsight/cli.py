@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import re
@@ -18,9 +17,9 @@ _EXTRA = "pip install 'sparsight[train]'"
 _USAGE = """usage: sparsight COMMAND [arguments]
 
   train RECIPE --data DIR ...   train; RECIPE is a file such as recipes/segmentation/camvid.py
-  evaluate CHECKPOINT ...       mIoU or AP, MACs and frozen milliseconds of a trained model
+  evaluate CHECKPOINT ...       mIoU, AP or top-1, MACs and frozen milliseconds, over seeds
   profile CHECKPOINT ...        density, MACs and milliseconds of each layer
-  masks CHECKPOINT ...          pictures: image, sampling masks, prediction
+  masks CHECKPOINT ...          pictures: prediction, where it computes, sampling masks
   demo                          everything at once, small, on scenes drawn on the spot
 
 `sparsight COMMAND --help` lists the flags of a command, `sparsight train RECIPE --help` those of a
@@ -33,6 +32,7 @@ def evaluate(
     checkpoint: str,
     *,
     data: str,
+    dataset: Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco"] | None = None,
     split: Literal["train", "val"] = "val",
     size: tuple[int, int] | None = None,
     frozen: bool = True,
@@ -41,146 +41,42 @@ def evaluate(
     batch_size: int = 8,
     out: str | None = None,
 ) -> dict[str, Any]:
-    """Score a checkpoint: metric, MACs, and milliseconds frozen against its dense source.
+    """Score a checkpoint: metric, MACs, and milliseconds frozen against its dense form.
 
-    A segmentation model is scored on CamVid (mIoU), a detector on COCO (AP).
+    The metric is mIoU on CamVid and Cityscapes, top-1 on CIFAR-10 and ImageNet, AP on COCO.
 
     Args:
         checkpoint: weights.safetensors of a training run.
-        data: folder with train/, trainannot/, val/, valannot/; for a detector with annotations/,
-            train2017/, val2017/.
-        split: which images.
+        data: folder of the data set, in the layout that its recipe expects.
+        dataset: which one it is; default: what the checkpoint says.
+        split: which images; "val" is CIFAR-10's test set.
         size: height and width in pixels, as 240x320; default: those of training. A smaller one is
             the "resized" baseline: scores are always counted at the annotations' own size. For a
             detector: shorter side, and the bound on the longer.
         frozen: freeze the model first; scores then come from the kernels that will be deployed.
-        latency: also measure milliseconds for one image, interleaved with the dense source.
-        seeds: number of sampling seeds, from 0; more than one gives mean and spread of the metric.
+        latency: also measure milliseconds for one image, interleaved with the dense form.
+        seeds: number of sampling seeds, from 0; more than one gives mean, standard deviation, least
+            and greatest of the metric and of the share of the MACs.
         batch_size: images scored at once.
-        out: JSON file to write the result to.
+        out: JSON file to write the result to; bench/curves.py draws them.
     """
-    from torch.utils.data import DataLoader
+    from sparsight.train.checkpoint import write_atomically
+    from sparsight.train.evaluate_checkpoint import evaluate_checkpoint
 
-    from sparsight.convert import freeze
-    from sparsight.measure import environment
-    from sparsight.train.architecture import DetectorArchitecture
-    from sparsight.train.checkpoint import load_checkpoint, write_atomically
-    from sparsight.train.data import CamVid, SeededView, evaluation_transform
-    from sparsight.train.evaluate import score
-
-    if seeds < 1:
-        raise ValueError(
-            f"evaluate: seeds={seeds}; at least 1 is required; leave --seeds out for one."
-        )
-    model, architecture = load_checkpoint(checkpoint)
-    model.eval()
-    size = size or architecture.size
-    if isinstance(architecture, DetectorArchitecture):
-        result = _evaluate_detector(
-            model,
-            dataclasses.replace(architecture, size=size),
-            data=data,
-            split=split,
-            frozen=frozen,
-            latency=latency,
-            seeds=seeds,
-            batch_size=batch_size,
-        )
-        result = {"checkpoint": Path(checkpoint).name} | result
-        if out is not None:
-            write_atomically(out, json.dumps(result, indent=2, default=str).encode())
-        return result
-    dataset = CamVid(data, split)
-    view = SeededView(dataset, evaluation_transform(size))
-    image = view[0][0][None].contiguous(memory_format=torch.channels_last)
-    scores = []
-    for seed in range(seeds):
-        _seed_samplers(model, seed)
-        deployed = freeze(model, example=image) if frozen else model
-        batches = DataLoader(view, batch_size=batch_size)
-        scores.append(
-            score(deployed, batches, classes=dataset.classes, ignore_index=dataset.ignore_index)
-        )
-        print(f"seed {seed}: {scores[-1]}")
-    mious = torch.tensor([s.miou for s in scores], dtype=torch.float64)
-    result: dict[str, Any] = {
-        "checkpoint": Path(checkpoint).name,
-        "architecture": architecture.to_json(),
-        "size": size,
-        "frozen": frozen,
-        "miou_mean": float(mious.mean()),
-        "miou_std": float(mious.std()) if seeds > 1 else None,
-        "scores": [dataclasses.asdict(s) for s in scores],
-        "environment": _plain(environment()),
-    }
-    if latency:
-        result["latency"] = _latency(model, architecture, image)
+    result = evaluate_checkpoint(
+        checkpoint,
+        data=data,
+        dataset=dataset,
+        split=split,
+        size=size,
+        frozen=frozen,
+        latency=latency,
+        seeds=seeds,
+        batch_size=batch_size,
+    )
     if out is not None:
-        write_atomically(out, json.dumps(result, indent=2, default=str).encode())
+        write_atomically(out, json.dumps(result, indent=2).encode())
     return result
-
-
-def _evaluate_detector(
-    model: torch.nn.Module,
-    architecture: Any,
-    *,
-    data: str,
-    split: str,
-    frozen: bool,
-    latency: bool,
-    seeds: int,
-    batch_size: int,
-) -> dict[str, Any]:
-    """As `evaluate`, at the size of `architecture`."""
-    from torch.utils.data import DataLoader
-
-    from sparsight.convert import freeze
-    from sparsight.measure import count_published_macs, environment
-    from sparsight.train.data import Coco, SeededView, collate_detection, detection_transform
-    from sparsight.train.evaluate_detection import score_detector
-
-    detector: Any = model
-    detector.transform.min_size = (architecture.size[0],)
-    detector.transform.max_size = architecture.size[1]
-    dataset = Coco(data, f"{split}2017", num_classes=architecture.num_classes)
-    view = SeededView(dataset, detection_transform(is_training=False))
-    images = [view[0][0]]
-    scores = []
-    for seed in range(seeds):
-        _seed_samplers(model, seed)
-        deployed = freeze(model, example=images) if frozen else model
-        batches = DataLoader(view, batch_size=batch_size, collate_fn=collate_detection)
-        scores.append(score_detector(deployed, batches, data=dataset))
-        print(f"seed {seed}: {scores[-1]}")
-    aps = torch.tensor([s.metrics.ap or 0.0 for s in scores], dtype=torch.float64)
-    result: dict[str, Any] = {
-        "architecture": architecture.to_json(),
-        "size": architecture.size,
-        "frozen": frozen,
-        "ap_mean": float(aps.mean()),
-        "ap_std": float(aps.std()) if seeds > 1 else None,
-        "scores": [dataclasses.asdict(s) for s in scores],
-        # The paper's "GFLOPs": the backbone at one nominal size, with these mean densities.
-        "published_gmacs": [
-            count_published_macs(
-                model, shorter_side=architecture.size[0], density=s.density or 1.0
-            ).total
-            / 1e9
-            for s in scores
-        ],
-        "environment": _plain(environment()),
-    }
-    if latency:
-        result["latency"] = _latency(model, architecture, images)
-    return result
-
-
-def _seed_samplers(model: torch.nn.Module, seed: int) -> None:
-    from sparsight.nn import Sampler
-
-    for module in model.modules():
-        if isinstance(module, Sampler):
-            module.seed = seed
 
 
 def profile(
@@ -202,17 +98,17 @@ def profile(
     """
     from sparsight import measure
     from sparsight.convert import freeze
-    from sparsight.train.architecture import DetectorArchitecture
+    from sparsight.train.architecture import at_size
     from sparsight.train.checkpoint import load_checkpoint
 
-    model, architecture = load_checkpoint(checkpoint)
-    x: Any = _picture(image, size or architecture.size)
-    if isinstance(architecture, DetectorArchitecture):
-        # A detector resizes and normalises by itself.
-        detector: Any = model
-        shorter, bound = size or architecture.size
-        detector.transform.min_size, detector.transform.max_size = (shorter,), bound
+    model, stored = load_checkpoint(checkpoint)
+    architecture = at_size(model, stored, size)
+    x: Any
+    if architecture.task == "detection":  # it resizes and normalises by itself
+        shorter, bound = architecture.size
         x = [_pixels(image, (shorter, min(bound, shorter * 4 // 3))).float() / 255]
+    else:
+        x = _picture(image, architecture.size)
     frozen = freeze(model.eval(), example=x, choose=choose)
     print(measure.profile(frozen, x))
     for name, module in frozen.named_modules():
@@ -225,55 +121,44 @@ def masks(
     checkpoint: str,
     *,
     data: str,
+    dataset: Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco"] | None = None,
     images: tuple[int, ...] | list[int] = (0, 33, 66),
     split: Literal["train", "val"] = "val",
+    size: tuple[int, int] | None = None,
     out: str = "masks",
-    shows_data: bool = True,
+    shows_data: bool = False,
+    per_sampler: bool = True,
 ) -> list[str]:
-    """Draw image, annotation, prediction and the sampling mask of each block.
+    """Draw where a sampled checkpoint computes: an overview, and the masks of every sampler.
 
     Args:
         checkpoint: weights.safetensors of a sampled training run.
-        data: folder with train/, trainannot/, val/, valannot/.
+        data: folder of the data set, in the layout that its recipe expects.
+        dataset: which one it is; default: what the checkpoint says.
         images: positions in the split, as [0,33,66].
-        split: which images.
-        out: folder for the pictures, one PNG an image.
-        shows_data: draw image and annotation, and masks over the image; false draws masks over the
-            prediction, for data that may not be published.
+        split: which images; "val" is CIFAR-10's test set.
+        size: height and width in pixels, as 240x320; default: those of training. For a detector:
+            shorter side, and the bound on the longer.
+        out: folder for the pictures: overview.png, and one PNG an image.
+        shows_data: draw photographs and annotations too; false draws masks over the predicted
+            classes, or over a blank canvas, for data that may not be published.
+        per_sampler: also draw the PNG of each image, with the mask of every sampler.
     """
-    from sparsight.train.architecture import DetectorArchitecture
-    from sparsight.train.checkpoint import load_checkpoint
-    from sparsight.train.data import CamVid, SeededView, evaluation_transform
-    from sparsight.train.pictures import draw_masks
+    from sparsight.train.draw_checkpoint import draw_checkpoint
 
-    model, architecture = load_checkpoint(checkpoint)
-    if isinstance(architecture, DetectorArchitecture):
-        raise ValueError(
-            f"masks: {checkpoint!r} is a detector; a segmentation model is required; use "
-            "sparsight.record_sampling to see the masks of any other."
-        )
-    dataset = CamVid(data, split)
-    view = SeededView(dataset, evaluation_transform(architecture.size))
-    written = []
-    for index in images:
-        if not 0 <= index < len(dataset):
-            raise ValueError(
-                f"masks: image {index} of {len(dataset)} in {split!r}; 0 to {len(dataset) - 1} is "
-                "required; change --images."
-            )
-        normalised, labels = view[index]
-        path = Path(out) / f"{dataset.items[index][0].stem}.png"
-        draw_masks(
-            model.eval(),
-            normalised,
-            labels,
-            path=path,
-            ignore_index=dataset.ignore_index,
-            shows_data=shows_data,
-        )
-        print(path)
-        written.append(str(path))
-    return written
+    written = draw_checkpoint(
+        checkpoint,
+        data=data,
+        dataset=dataset,
+        images=images,
+        split=split,
+        size=size,
+        out=out,
+        shows_data=shows_data,
+        per_sampler=per_sampler,
+    )
+    print("\n".join(map(str, written)))
+    return [str(path) for path in written]
 
 
 def find_recipe(name: str) -> Path:
@@ -408,7 +293,7 @@ def _size(value: str) -> str:
 
 
 def _picture(path: str | None, size: tuple[int, int]) -> torch.Tensor:
-    """A picture as segmentation models take it."""
+    """A picture as models for segmentation and classification take it."""
     from sparsight.train.data.augment import normalised_picture
 
     picture = normalised_picture(_pixels(path, size), size)[None]
@@ -423,35 +308,6 @@ def _pixels(path: str | None, size: tuple[int, int]) -> torch.Tensor:
     if path is None:
         return draw_scene(size, seed=0).image
     return torch.from_numpy(read_image(path)).permute(2, 0, 1)
-
-
-def _latency(model: torch.nn.Module, architecture: Any, example: Any) -> Any:
-    from sparsight.convert import freeze
-    from sparsight.measure import measure_latency
-    from sparsight.train.architecture import DetectorArchitecture, build_dense
-
-    dense = build_dense(dataclasses.replace(architecture, sampling=None))
-    if isinstance(architecture, DetectorArchitecture):
-        # What the heads cost depends on what is found: the source has the same weights.
-        own = dense.state_dict()
-        dense.load_state_dict({k: v for k, v in model.state_dict().items() if k in own})
-    dense = dense.eval().to(memory_format=torch.channels_last)
-    name = "dense" if architecture.sampling is None else "sampled"
-    rows = {"dense, eager channels-last": dense, f"{name}, frozen": freeze(model, example=example)}
-    measured = measure_latency({key: (lambda m=m: m(example)) for key, m in rows.items()})
-    print(measured)
-    return _plain(measured)
-
-
-def _plain(value: Any) -> Any:
-    """`value` with dataclasses turned into dictionaries, for JSON."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value
 
 
 if __name__ == "__main__":

@@ -5,13 +5,24 @@ from torchvision.models.resnet import Bottleneck
 
 from sparsight.convert import sparsify
 from sparsight.measure import count_macs
-from sparsight.nn import PerforatedSampler, ReLUGate, Sampler, ZeroFill, record_sampling
+from sparsight.nn import (
+    PerforatedSampler,
+    ReLUGate,
+    SampledConv2d,
+    Sampler,
+    ZeroFill,
+    record_sampling,
+    sampling_loss,
+)
 from sparsight.nn.budget import (
     BudgetController,
     SamplingPrice,
+    SharePull,
     check_budget,
+    mean_pull,
     sampler_levels,
     settle_on_budget,
+    share_pull,
 )
 from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
 
@@ -35,52 +46,141 @@ def test_the_target_falls_linearly_to_the_budget():
     assert controller.target(1.0) == pytest.approx(0.35)
 
 
+def sampled_layers(count, *, bias=3.0):
+    """A chain of 1x1 convolutions, sampled, with heads that read nothing: only levels count."""
+    torch.manual_seed(0)
+    return nn.ModuleList(
+        SampledConv2d(4, 4, 1, sampler=Sampler(4, bias=bias), interpolation=ZeroFill())
+        for _ in range(count)
+    )
+
+
+def step_of(model, features):
+    """One training forward: the record and the dense MACs it gates."""
+    with record_sampling(model) as record:
+        for layer in model:
+            layer(features)
+    return record, sum(decision.macs for decision in record.decisions)
+
+
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.8])
-@pytest.mark.parametrize("worth", [0.0, 0.2, 1.5])
-def test_the_controller_reaches_the_budget_whatever_computing_is_worth(budget, worth):
-    """A toy model whose task loss falls by `worth` per unit of share, from density 0.95."""
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_the_budget_is_kept_and_the_price_found_whatever_the_loss_is_worth(budget, scale):
+    """Two samplers of equal cost, the first worth more: the task pays for expected shares."""
+    model = sampled_layers(2)
+    levels = sampler_levels(model)
     controller = BudgetController(budget)
-    logit = nn.Parameter(torch.tensor(3.0))
-    optimizer = torch.optim.AdamW([logit], lr=0.02, weight_decay=0.0)
-    steps = 800
+    optimizer = torch.optim.Adam(levels, lr=0.05)
+    features = torch.zeros(1, 4, 8, 8)
+    steps = 150
+    shares = []
     for step in range(steps):
-        progress = step / steps
-        share = 0.15 + 0.85 * torch.sigmoid(logit)
-        loss = -worth * share + controller(share, progress=progress)
+        record, total = step_of(model, features)
+        first, second = (decision.probability.mean() for decision in record.decisions)
+        task = -scale * (0.75 * first + 0.25 * second - 0.3 * first.square())
+        share = controller.expected_share(record, total_macs=total)
         optimizer.zero_grad()
-        loss.backward()
+        (task + controller(share)).backward()
+        controller.update(
+            levels, share_pull(model, record, total_macs=total), progress=step / steps
+        )
         optimizer.step()
-        controller.update(share.item(), progress=progress, total_steps=steps)
-    final = 0.15 + 0.85 * torch.sigmoid(logit)
-    assert final.item() == pytest.approx(budget, abs=0.02)
-    assert float(controller.multiplier) == pytest.approx(worth, abs=0.15)
+        shares.append(float(share.detach()))
+    assert shares[-20:] == pytest.approx([budget] * 20, abs=0.02)
+    assert shares[-75:] == pytest.approx([budget] * 75, abs=0.06)
+    first, second = (float(level.detach().sigmoid()) for level in levels)
+    assert first > second + 0.05
+    # What a share is worth lies between the worths of the two, 2 * scale * (0.75 - 0.6 * first)
+    # and 2 * scale * 0.25, weighed by their slopes.
+    ends = sorted([2 * scale * (0.75 - 0.6 * first), 2 * scale * 0.25])
+    assert 0.9 * ends[0] <= float(controller.multiplier) <= 1.1 * ends[1]
+
+
+def test_the_pull_is_the_derivative_by_a_common_shift():
+    model = sampled_layers(2, bias=0.4)
+    with torch.no_grad():
+        model[0].sampler.head.bias.fill_(-1.0)
+    features = torch.zeros(2, 4, 8, 8)
+    record, total = step_of(model, features)
+    pull = share_pull(model, record, total_macs=2 * total)
+    with torch.no_grad():
+        for level in sampler_levels(model):
+            level += 1e-3
+    shifted = share_pull(model, step_of(model, features)[0], total_macs=2 * total)
+    assert (shifted.share - pull.share) / 1e-3 == pytest.approx(pull.slope, rel=1e-2)
+    assert pull.price_slope == pull.slope
+
+
+def test_the_price_of_gates_is_what_autograd_charges():
+    torch.manual_seed(0)
+    gate = ReLUGate(4)
+    layer = SampledConv2d(4, 4, 1, sampler=gate, interpolation=ZeroFill())
+    model = nn.ModuleList([layer])
+    record, total = step_of(model, torch.randn(2, 4, 8, 8))
+    pull = share_pull(model, record, total_macs=total)
+    sampling_loss(record, total_macs=total).backward()
+    assert pull.price_slope == pytest.approx(float(gate.level.grad.sum()), rel=1e-4)
+    assert pull.slope == pytest.approx(pull.share * (1 - pull.share))
+
+
+def test_the_price_is_never_negative_and_survives_a_skipped_step():
+    level = nn.Parameter(torch.zeros(1))
+    controller = BudgetController(0.5)
+    level.grad = torch.tensor([3.0])  # computing less lowers the loss
+    controller.update([level], SharePull(0.9, 0.1, 0.1), progress=0.5)
+    assert float(controller.multiplier) == 0.0
+    level.grad = torch.tensor([-1.0])
+    controller.update([level], SharePull(0.5, 0.1, 0.1), progress=0.5)
+    assert float(controller.multiplier) == pytest.approx(1.0)
+    level.grad = torch.tensor([float("inf")])  # of a scaler whose factor was too large
+    controller.update([level], SharePull(0.5, 0.1, 0.1), progress=0.5)
+    assert float(controller.multiplier) == pytest.approx(1.0)
+
+
+def test_levels_move_together_towards_the_target():
+    levels = [nn.Parameter(torch.tensor([1.0])), torch.tensor([2.0])]
+    controller = BudgetController(0.5)
+    controller.update(levels, SharePull(0.6, 0.2, 0.2), progress=1.0)
+    assert [float(level.detach()) for level in levels] == pytest.approx([0.9, 1.9])
+    # Where nearly everything is decided, a step is bounded.
+    controller.update(levels, SharePull(1.0, 0.0, 0.0), progress=1.0)
+    assert [float(level.detach()) for level in levels] == pytest.approx([0.4, 1.4])
+
+
+def test_the_mean_pull_is_taken_over_micro_batches():
+    pulls = [SharePull(0.4, 0.1, 0.2), SharePull(0.6, 0.3, 0.4)]
+    mean = mean_pull(pulls)
+    assert (mean.share, mean.slope, mean.price_slope) == pytest.approx((0.5, 0.2, 0.3))
 
 
 def test_the_controllers_state_is_saved():
     controller = BudgetController(0.5)
-    controller.update(0.9, progress=1.0, total_steps=100)
+    level = nn.Parameter(torch.zeros(1))
+    level.grad = torch.tensor([-1.0])
+    controller.update([level], SharePull(0.5, 0.1, 0.1), progress=1.0)
     controller.calibrate(0.6, 0.52)
     restored = BudgetController(0.5)
     restored.load_state_dict(controller.state_dict())
-    assert float(restored.multiplier) == pytest.approx(20 * 0.4 / 10)
+    assert float(restored.multiplier) == pytest.approx(1.0)
     assert restored.target(1.0) == pytest.approx(0.42)
 
 
 def test_updating_does_not_disturb_a_gradient_under_way():
     controller = BudgetController(0.5)
+    controller.multiplier.fill_(2.0)
     share = torch.tensor(0.9, requires_grad=True)
-    loss = controller(share, progress=1.0)
-    controller.update(0.9, progress=1.0, total_steps=100)
+    loss = controller(share)
+    controller.multiplier.fill_(5.0)
     loss.backward()
-    assert float(share.grad) == pytest.approx(20 * 0.4)
+    assert float(share.grad) == 2.0
 
 
 def test_a_fixed_price_is_a_weight():
     price = SamplingPrice(0.2)
     share = torch.tensor(0.5, requires_grad=True)
-    price.update(0.5, progress=0.5, total_steps=10)
+    price.update([], SharePull(0.5, 0.1, 0.1), progress=0.5)
     price.calibrate(0.5, 0.4)
-    price(share, progress=0.5).backward()
+    price(share).backward()
     assert float(share.grad) == pytest.approx(0.2)
 
 

@@ -10,6 +10,7 @@ from sparsight.train.architecture import (
     DetectorArchitecture,
     Sampling,
     architecture_from_json,
+    at_size,
     build_dense,
     convert,
 )
@@ -21,6 +22,20 @@ def test_json_gives_the_same_architecture_back():
     for architecture in (SMALL, replace(SMALL, sampling=Sampling(noise="blue", grid_stride=None))):
         text = json.dumps(architecture.to_json())
         assert Architecture.from_json(json.loads(text)) == architecture
+
+
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [
+        ("semantic_fpn", "segmentation"),
+        ("deeplabv3_resnet50", "segmentation"),
+        ("resnet", "classification"),
+        ("resnet_cifar", "classification"),
+    ],
+)
+def test_a_model_says_what_it_is_for(model, task):
+    assert replace(SMALL, model=model).task == task
+    assert DETECTOR.task == "detection"
 
 
 def test_json_of_another_version_is_refused():
@@ -85,6 +100,16 @@ def test_a_detector_is_what_it_says():
     assert type(body.bn1).__name__ == "FrozenBatchNorm2d"
     assert type(body.layer4[1]).__name__ == "DeformableBlock"
     assert model.roi_heads.box_predictor.cls_score.weight.shape == (3, 16)
+
+
+def test_a_detector_resizes_to_the_size_it_is_told():
+    model = build_dense(replace(DETECTOR, fpn_channels=8, head_channels=16))
+    assert at_size(model, DETECTOR, None) == DETECTOR
+    assert at_size(model, DETECTOR, (32, 60)) == replace(DETECTOR, size=(32, 60))
+    images, _ = model.transform([torch.zeros(3, 40, 50)])
+    assert images.image_sizes == [(32, 40)]
+    segmenter = build_dense(SMALL)
+    assert at_size(segmenter, SMALL, (64, 64)) == replace(SMALL, size=(64, 64))
 
 
 @pytest.mark.parametrize(("first", "expected"), [(1, 8), (2, 6), (4, 2)])

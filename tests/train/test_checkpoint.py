@@ -9,6 +9,7 @@ from sparsight.train.checkpoint import (
     AtomicCheckpointIO,
     load_checkpoint,
     read_architecture,
+    read_dataset,
     save_checkpoint,
     write_atomically,
 )
@@ -41,6 +42,14 @@ def test_what_was_saved_comes_back(tmp_path, architecture):
     for name, value in model.state_dict().items():
         assert torch.equal(state[name], value), name
     assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_the_data_set_is_told_and_older_files_say_nothing(tmp_path, dense_file):
+    path = tmp_path / "weights.safetensors"
+    save_checkpoint(path, build_dense(SMALL), SMALL, dataset="camvid")
+    assert read_dataset(path) == "camvid"
+    assert read_architecture(path) == load_checkpoint(path)[1] == SMALL
+    assert read_dataset(dense_file) is None
 
 
 def test_dense_weights_start_a_sampled_model(dense_file):

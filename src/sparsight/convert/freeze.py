@@ -14,9 +14,10 @@ from sparsight.convert.choose import Choose, faster_dense, told_forms
 from sparsight.convert.find import ConversionError, has_hooks
 from sparsight.convert.fold import fold_norms, fuse_pools, fuse_relus
 from sparsight.convert.map_dtypes import keep_maps_narrow
-from sparsight.nn.frozen_block import Form, FrozenBlock, FrozenSampler, refusal
+from sparsight.nn.frozen_block import Form, FrozenBlock, refusal
 from sparsight.nn.frozen_conv import FrozenConv2d, refusal_of_conv, refusal_of_pool
 from sparsight.nn.frozen_gated import FrozenGatedLayer, is_gated, refusal_of_gates
+from sparsight.nn.frozen_sampler import FrozenSampler
 from sparsight.nn.sampled_block import SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
 from sparsight.ops import cpu

@@ -17,7 +17,13 @@ from torch.utils import _pytree as pytree
 from sparsight.measure.macs import call_model, count_macs
 from sparsight.measure.sampled_layers import interpolation_modules, owns_samplers, samplers_of
 from sparsight.nn import Sampler, SamplingDecision, record_sampling, sampling_loss
-from sparsight.nn.budget import BudgetController, check_budget, settle_on_budget
+from sparsight.nn.budget import (
+    BudgetController,
+    check_budget,
+    sampler_levels,
+    settle_on_budget,
+    share_pull,
+)
 from sparsight.nn.frozen_block import FrozenBlock
 
 __all__ = ["CalibrationReport", "calibrate"]
@@ -301,6 +307,7 @@ def _fit(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / num_steps))
     )
     controller = BudgetController(budget).to(next(model.parameters()).device)
+    levels = sampler_levels(model)
     dense_macs: dict[int, int] = {}
     order: list[int] = []
     recent = _expected_share(model, measured[0])
@@ -334,20 +341,20 @@ def _fit(
                 f"calibrate: the outputs of batch {index} differ by {float(loss.detach())}, but a "
                 "finite number is needed; look for NaN or infinite values in the model's weights."
             )
-        loss = loss + controller(share, progress=progress)
+        loss = loss + controller(share)
         optimizer.zero_grad()
         loss.backward()
+        pull = share_pull(model, record, total_macs=dense_macs[index])
+        controller.update(levels, pull, progress=progress)
         _step_centred(optimizer, samplers, means)
         schedule.step()
-        now = float(share.detach())
-        recent = 0.9 * recent + 0.1 * now
-        controller.update(now, progress=progress, total_steps=num_steps)
+        recent = 0.9 * recent + 0.1 * pull.share
         if (step + 1) % max(1, num_steps // _NUM_MEASUREMENTS) == 0:
             with _batch_statistics(model, is_on=learns_with_batch_statistics):
                 controller.calibrate(_share(model, measured[:1]), recent)
         if shows_progress:
             end = "\n" if step + 1 == num_steps else ""
-            line = f"\rcalibrate {step + 1}/{num_steps}: expected share {now:.3f}, "
+            line = f"\rcalibrate {step + 1}/{num_steps}: expected share {pull.share:.3f}, "
             sys.stderr.write(f"{line}error {float(_mean_error(learnt, taught).detach()):.4f}{end}")
             sys.stderr.flush()
     optimizer.zero_grad()  # nothing is left for the caller's next step

@@ -21,6 +21,7 @@ from sparsight.nn.relu_gate import ReLUGate
 from sparsight.nn.sampled_block import SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
 from sparsight.nn.sampler import Sampler, SamplingDecision
+from sparsight.nn.seed import set_seed
 
 __all__ = [
     "AveragePoolInterpolation",
@@ -41,4 +42,5 @@ __all__ = [
     "blue_noise_tile",
     "record_sampling",
     "sampling_loss",
+    "set_seed",
 ]

@@ -16,6 +16,8 @@ from sparsight.train.average_precision import AveragePrecision, average_precisio
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
 from sparsight.train.detection_task import DetectionTask
 from sparsight.train.evaluate import Score, score
+from sparsight.train.evaluate_checkpoint import evaluate_checkpoint
+from sparsight.train.evaluate_classification import ClassificationScore, score_classification
 from sparsight.train.evaluate_detection import DetectionScore, score_detector
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampled_task import SampledTask
@@ -26,6 +28,7 @@ __all__ = [
     "Architecture",
     "AveragePrecision",
     "BudgetController",
+    "ClassificationScore",
     "DetectionScore",
     "DetectionTask",
     "DetectorArchitecture",
@@ -39,12 +42,14 @@ __all__ = [
     "TemperatureAnnealing",
     "apply_sampling",
     "average_precision",
+    "evaluate_checkpoint",
     "geometric_temperature",
     "load_checkpoint",
     "plan",
     "published_temperature",
     "save_checkpoint",
     "score",
+    "score_classification",
     "score_detector",
     "settle_on_budget",
 ]

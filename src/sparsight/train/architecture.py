@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -18,6 +18,7 @@ from sparsight.models import (
 from sparsight.train.sampling import Sampling, apply_sampling
 
 ModelName = Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50", "resnet", "resnet_cifar"]
+Task = Literal["segmentation", "classification", "detection"]
 Backbone = Literal[
     "resnet18",
     "resnet34",
@@ -59,6 +60,11 @@ class Architecture:
     head_channels: int | None = 48
     size: tuple[int, int] = (240, 320)
     sampling: Sampling | None = None
+
+    @property
+    def task(self) -> Task:
+        """What the model is for; the ResNets classify."""
+        return "classification" if self.model in ("resnet", "resnet_cifar") else "segmentation"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for `json.dumps`."""
@@ -113,6 +119,11 @@ class DetectorArchitecture:
     size: tuple[int, int] = (800, 1333)
     first_sampled_layer: int = 1
     sampling: Sampling | None = None
+
+    @property
+    def task(self) -> Task:
+        """What the model is for."""
+        return "detection"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for `json.dumps`."""
@@ -242,3 +253,22 @@ def convert(dense: nn.Module, architecture: AnyArchitecture) -> nn.Module:
     if isinstance(architecture, DetectorArchitecture):
         return apply_sampling(dense, architecture.sampling, where=architecture.is_sampled_block)
     return apply_sampling(dense, architecture.sampling)
+
+
+def at_size(
+    model: nn.Module, architecture: AnyArchitecture, size: tuple[int, int] | None
+) -> AnyArchitecture:
+    """Return `architecture` at another size of its input; a detector is told, for it resizes.
+
+    Args:
+        model: of that architecture; a detector is changed in place.
+        architecture: as it was trained.
+        size: height and width in pixels; for a detector the shorter side, and the bound on the
+            longer. None: as it was trained.
+    """
+    if size is None:
+        return architecture
+    if isinstance(architecture, DetectorArchitecture):
+        detector: Any = model
+        detector.transform.min_size, detector.transform.max_size = (size[0],), size[1]
+    return replace(architecture, size=size)

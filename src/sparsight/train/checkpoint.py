@@ -27,6 +27,7 @@ from sparsight.train.architecture import (
 )
 
 _KEY = "sparsight.architecture"
+_DATASET_KEY = "sparsight.dataset"
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -44,18 +45,29 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: str | Path, model: nn.Module, architecture: AnyArchitecture) -> None:
+def save_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    architecture: AnyArchitecture,
+    *,
+    dataset: str | None = None,
+) -> None:
     """Write the weights of `model` and its architecture to one safetensors file.
 
     Args:
         path: file to write, usually `*.safetensors`; an existing one is replaced.
         model: what `build_dense` and `convert` made of `architecture`.
         architecture: stored as JSON in the file's metadata under "sparsight.architecture".
+        dataset: name of the data set that the model was trained on, stored under
+            "sparsight.dataset"; None for one without a name.
     """
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
-    write_atomically(path, save(tensors, metadata={_KEY: json.dumps(architecture.to_json())}))
+    metadata = {_KEY: json.dumps(architecture.to_json())}
+    if dataset is not None:
+        metadata[_DATASET_KEY] = dataset
+    write_atomically(path, save(tensors, metadata=metadata))
 
 
 def read_architecture(path: str | Path) -> AnyArchitecture:
@@ -65,7 +77,17 @@ def read_architecture(path: str | Path) -> AnyArchitecture:
         FileNotFoundError: no such file.
         ValueError: not a safetensors file, or not one that `save_checkpoint` wrote.
     """
-    return _read(path)[0]
+    return _architecture(path, _read(path, reads_weights=False)[0])
+
+
+def read_dataset(path: str | Path) -> str | None:
+    """Return the name of the data set that a checkpoint was trained on; None where it says nothing.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file.
+    """
+    return _read(path, reads_weights=False)[0].get(_DATASET_KEY)
 
 
 def load_checkpoint(
@@ -87,7 +109,8 @@ def load_checkpoint(
         ValueError: not a checkpoint of sparsight, or of another architecture than `expected`; names
             what differs.
     """
-    stored, tensors = _read(path)
+    metadata, tensors = _read(path)
+    stored = _architecture(path, metadata)
     architecture = stored if expected is None else expected
     found = architecture.differences(stored)
     if found:
@@ -105,7 +128,9 @@ def load_checkpoint(
     return model, architecture
 
 
-def _read(path: str | Path) -> tuple[AnyArchitecture, dict[str, Tensor]]:
+def _read(
+    path: str | Path, *, reads_weights: bool = True
+) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"load_checkpoint: {str(path)!r} does not exist; a *.safetensors file written by "
@@ -114,19 +139,24 @@ def _read(path: str | Path) -> tuple[AnyArchitecture, dict[str, Tensor]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys() if reads_weights else ()
+            tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(
             f"load_checkpoint: {str(path)!r} is not a safetensors file ({error}); a file written "
             "by `sparsight train` is required; pickled checkpoints are not read: convert them "
             "with safetensors first."
         ) from error
+    return metadata, tensors
+
+
+def _architecture(path: str | Path, metadata: dict[str, str]) -> AnyArchitecture:
     if _KEY not in metadata:
         raise ValueError(
             f"load_checkpoint: {str(path)!r} says nothing of its architecture; metadata {_KEY!r} "
             "is required; write it with sparsight.train.save_checkpoint."
         )
-    return architecture_from_json(json.loads(metadata[_KEY])), tensors
+    return architecture_from_json(json.loads(metadata[_KEY]))
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -116,7 +116,8 @@ def run_classification(
         shift, share = settle_on_budget(network, lambda: measured_share(network, batches), budget)
         result |= {"settling_shift": shift, "settled_share": share}
     path = recipe.out / "weights.safetensors"
-    save_checkpoint(path, network, architecture)
+    dataset = getattr(recipe.val_data, "name", None)  # what is drawn has none
+    save_checkpoint(path, network, architecture, dataset=dataset)
     scored = score_classification(
         network, recipe.validation_batches(), num_classes=dense.num_classes
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from sparsight.measure import count_macs
-from sparsight.nn import record_sampling
+from sparsight.train.tally import ComputeTally
 from sparsight.train.tasks import intersection_over_union
 
 
@@ -42,6 +41,11 @@ class Score:
     share: float
     density: dict[str, float]
     class_density: dict[str, float]
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """The metrics by name, the one that models are compared by first."""
+        return {"miou": self.miou}
 
     def __str__(self) -> str:
         text = f"mIoU {100 * self.miou:.2f} on {self.num_images} images"
@@ -78,21 +82,15 @@ def score(
     confusion = MulticlassConfusionMatrix(
         len(classes), ignore_index=ignore_index, validate_args=False
     )
-    is_sampled = any(hasattr(module, "samplers_named") for module in model.modules())
-    num_images = 0
-    dense = total = 0.0
-    density: dict[str, float] = {}
+    tally = ComputeTally(model)
     computed_on = torch.zeros(len(classes), dtype=torch.float64)
     positions_on = torch.zeros(len(classes), dtype=torch.float64)
     for images, labels in batches:
-        images = images.contiguous(memory_format=torch.channels_last)
-        with record_sampling(model) if is_sampled else nullcontext() as record:
-            logits = model(images)["out"].float()
+        output, decisions, _ = tally.run(images.contiguous(memory_format=torch.channels_last))
+        logits = output["out"].float()
         logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
         confusion.update(logits.argmax(1), labels)
-        for decision in record.decisions if record else ():
-            computed = float(decision.mask.float().mean()) * len(images)
-            density[decision.name] = density.get(decision.name, 0.0) + computed
+        for decision in decisions:
             at = F.interpolate(
                 labels[:, None].float(), size=decision.mask.shape[-2:], mode="nearest"
             ).long()
@@ -101,25 +99,18 @@ def score(
                 here = at == k
                 computed_on[k] += float((decision.mask & here).sum()) / counts
                 positions_on[k] += float(here.sum()) / counts
-        counted = count_macs(model, images)
-        dense, total = dense + counted.dense, total + counted.total
-        num_images += len(images)
-    if num_images == 0:
-        raise ValueError(
-            "score: no batch arrived; at least one image is required; check the split of the "
-            "data set."
-        )
+    tally.check("score")
     iou = intersection_over_union(confusion.compute())
     return Score(
         miou=float(iou.nanmean()),
         class_iou={
             name: None if v != v else v for name, v in zip(classes, iou.tolist(), strict=True)
         },
-        num_images=num_images,
-        macs_dense=dense / num_images,
-        macs_total=total / num_images,
-        share=total / dense,
-        density={name: value / num_images for name, value in density.items()},
+        num_images=tally.num_images,
+        macs_dense=tally.macs_dense,
+        macs_total=tally.macs_total,
+        share=tally.share,
+        density=tally.density,
         class_density={
             name: float(computed_on[k] / positions_on[k])
             for k, name in enumerate(classes)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sparsight.measure import count_macs
-from sparsight.nn import record_sampling
 from sparsight.train.classification_task import top_k_accuracies
+from sparsight.train.tally import ComputeTally
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,11 @@ class ClassificationScore:
     macs_total: float
     share: float
     density: dict[str, float]
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """The metrics by name, the one that models are compared by first."""
+        return {"top1": self.top1, "top5": self.top5}
 
     def __str__(self) -> str:
         text = f"top-1 {100 * self.top1:.2f}"
@@ -64,34 +67,19 @@ def score_classification(
         ValueError: no batch arrived.
     """
     accuracies = top_k_accuracies(num_classes)
-    is_sampled = any(hasattr(module, "samplers_named") for module in model.modules())
-    num_images = 0
-    dense = total = 0.0
-    density: dict[str, float] = {}
+    tally = ComputeTally(model)
     for images, labels in batches:
-        images = images.contiguous(memory_format=torch.channels_last)
-        with record_sampling(model) if is_sampled else nullcontext() as record:
-            logits = model(images).float()
+        output, _, _ = tally.run(images.contiguous(memory_format=torch.channels_last))
         for metric in accuracies.values():
-            metric.update(logits, labels)  # type: ignore[operator]  # a ModuleDict of metrics
-        for decision in record.decisions if record else ():
-            computed = float(decision.mask.float().mean()) * len(images)
-            density[decision.name] = density.get(decision.name, 0.0) + computed
-        counted = count_macs(model, images)
-        dense, total = dense + counted.dense, total + counted.total
-        num_images += len(images)
-    if num_images == 0:
-        raise ValueError(
-            "score_classification: no batch arrived; at least one image is required; check the "
-            "split of the data set."
-        )
+            metric.update(output.float(), labels)  # type: ignore[operator]  # a ModuleDict of metrics
+    tally.check("score_classification")
     found = {name: float(metric.compute()) for name, metric in accuracies.items()}  # type: ignore[operator]
     return ClassificationScore(
         top1=found["top1"],
         top5=found.get("top5"),
-        num_images=num_images,
-        macs_dense=dense / num_images,
-        macs_total=total / num_images,
-        share=total / dense,
-        density={name: value / num_images for name, value in density.items()},
+        num_images=tally.num_images,
+        macs_dense=tally.macs_dense,
+        macs_total=tally.macs_total,
+        share=tally.share,
+        density=tally.density,
     )

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sparsight.measure import count_macs
-from sparsight.nn import record_sampling
 from sparsight.train.average_precision import AveragePrecision, average_precision, to_coco
 from sparsight.train.data.boxes import DetectionBatch
 from sparsight.train.data.coco import Coco
 from sparsight.train.detection_task import backbone_input
+from sparsight.train.tally import ComputeTally
 
 _BACKBONE = "backbone.body."
 
@@ -46,6 +45,11 @@ class DetectionScore:
     detector_macs_total: float
     density: dict[str, float]
 
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """The metrics by name, the one that models are compared by first."""
+        return {name: value for name, value in vars(self.metrics).items() if name != "class_ap"}
+
     def __str__(self) -> str:
         ap, ap50 = (
             "none" if value is None else f"{100 * value:.2f}"
@@ -76,39 +80,28 @@ def score_detector(
     Raises:
         ValueError: no batch arrived.
     """
-    is_sampled = any(hasattr(module, "samplers_named") for module in model.modules())
+    tally = ComputeTally(model)
     seen: list[int] = []
     detections = []
-    backbone_dense = backbone_total = dense = total = 0
-    density: dict[str, float] = {}
+    dense = total = 0
     for images, targets in batches:
-        with record_sampling(model) if is_sampled else nullcontext() as record:
-            found = model(images)
+        found, _, counted = tally.run(images)
         for one, target in zip(found, targets, strict=True):
             seen.append(target["image_id"])
             detections += to_coco(one, image_id=target["image_id"], category_of=data.category_of)
-        for decision in record.decisions if record else ():
-            computed = float(decision.mask.float().mean()) * len(images)
-            density[decision.name] = density.get(decision.name, 0.0) + computed
-        counted = count_macs(model, images)
-        dense, total = dense + counted.dense, total + counted.total
         rows = [row for row in counted.layers if row.name.startswith(_BACKBONE)]
-        backbone_dense += sum(row.dense for row in rows)
-        backbone_total += sum(row.total for row in rows)
-    if not seen:
-        raise ValueError(
-            "score_detector: no batch arrived; at least one image is required; check the split of "
-            "the data set."
-        )
+        dense += sum(row.dense for row in rows)
+        total += sum(row.total for row in rows)
+    tally.check("score_detector")
     return DetectionScore(
         metrics=average_precision(data.ground_truth(seen), detections),
         num_images=len(seen),
-        macs_dense=backbone_dense / len(seen),
-        macs_total=backbone_total / len(seen),
-        share=backbone_total / backbone_dense,
-        detector_macs_dense=dense / len(seen),
-        detector_macs_total=total / len(seen),
-        density={name: value / len(seen) for name, value in density.items()},
+        macs_dense=dense / len(seen),
+        macs_total=total / len(seen),
+        share=total / dense,
+        detector_macs_dense=tally.macs_dense,
+        detector_macs_total=tally.macs_total,
+        density=tally.density,
     )
 
 

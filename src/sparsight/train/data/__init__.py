@@ -1,4 +1,4 @@
-"""Images and annotations as datasets: CamVid, CIFAR-10, ImageNet, COCO, and what is drawn here.
+"""Images and annotations as datasets: CamVid, Cityscapes, CIFAR-10, ImageNet, COCO, drawn scenes.
 
 Enters: a folder or a seed. Leaves: pairs of an image, as torchvision's tv_tensor, and a class map,
 a class or a detector's target. A training item is a pure function of (seed, epoch, index), so an

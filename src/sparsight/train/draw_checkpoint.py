@@ -1,0 +1,202 @@
+"""Where a checkpoint computes on images of its data set, as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsight.nn import RecordedDecision, record_sampling
+from sparsight.train.architecture import at_size
+from sparsight.train.checkpoint import load_checkpoint
+from sparsight.train.evaluation_data import (
+    DatasetName,
+    EvaluationData,
+    Split,
+    dataset_of,
+    open_evaluation_data,
+)
+from sparsight.train.pictures import (
+    Box,
+    Frame,
+    Panel,
+    colour_classes,
+    colour_of,
+    draw_panels,
+    mask_panels,
+    share_panel,
+    to_pixels,
+)
+
+_LEAST_CONFIDENCE = 0.5  # of the boxes that are drawn
+_CANVAS = 200  # grey that stands for a photograph which is not to be shown
+
+
+def draw_checkpoint(
+    checkpoint: str | Path,
+    *,
+    data: str | Path,
+    dataset: DatasetName | None = None,
+    images: Sequence[int] = (0, 33, 66),
+    split: Split = "val",
+    size: tuple[int, int] | None = None,
+    out: str | Path = "masks",
+    shows_data: bool = False,
+    per_sampler: bool = True,
+) -> list[Path]:
+    """Draw an overview of several images, and of each image the mask of every sampler.
+
+    The overview, overview.png, has a row for each image: prediction, and the share of the samplers
+    that compute each pixel. Masks are those of sampling seed 0.
+
+    Args:
+        checkpoint: a file that `save_checkpoint` wrote, of a sampled model.
+        data: folder of the data set.
+        dataset: which; default: what the checkpoint says, see `dataset_of`.
+        images: positions in the split.
+        split: which images.
+        size: of the input, see `at_size`; default: that of training.
+        out: folder for the pictures.
+        shows_data: draw photographs and annotations too, and masks and boxes over the photographs.
+            False draws masks over the predicted classes, or over a blank canvas, for data that may
+            not be published.
+        per_sampler: also draw one picture an image with the mask of every sampler.
+
+    Returns:
+        The files written, the overview first.
+
+    Raises:
+        FileNotFoundError: checkpoint or data missing.
+        ValueError: no images, one that is not there, a model without samplers, or checkpoint and
+            data set do not fit together.
+    """
+    if not images:
+        raise ValueError(
+            "draw_checkpoint: images is empty; at least one is required; leave it out."
+        )
+    name = dataset_of(checkpoint, dataset)
+    model, stored = load_checkpoint(checkpoint)
+    architecture = at_size(model.eval(), stored, size)
+    source = open_evaluation_data(
+        name, data, split=split, num_classes=architecture.num_classes, size=architecture.size
+    )
+    classes = None
+    if source.task == "segmentation":
+        classes = {str(each): colour_of(k) for k, each in enumerate(source.classes)}
+    looks = [_look(model, source, index, shows_data) for index in images]
+    rows = [
+        [*look.panels, share_panel(look.decisions, look.frame, caption=look.caption)]
+        for look in looks
+    ]
+    written = [Path(out) / "overview.png"]
+    panels = [panel for row in rows for panel in row]
+    draw_panels(panels, written[0], num_columns=len(rows[0]), classes=classes)
+    for index, look, row in zip(images, looks, rows, strict=True):
+        if not per_sampler:
+            break
+        written.append(Path(out) / f"{source.title(index)}.png")
+        masks = mask_panels(look.decisions, look.background, look.frame)
+        draw_panels(row + masks, written[-1], classes=classes)
+    return written
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a model made of one image.
+
+    Attributes:
+        panels: photograph and annotation, if they are shown, and the prediction, if it is a
+            picture.
+        caption: what there is to say where there is no such panel.
+        background: uint8 (H, W, 3) that the masks are drawn over.
+        frame: of the background.
+        decisions: of the samplers.
+    """
+
+    panels: list[Panel]
+    background: np.ndarray
+    frame: Frame
+    decisions: Sequence[RecordedDecision] = ()
+    caption: str = ""
+
+
+@torch.inference_mode()
+def _look(model: nn.Module, source: EvaluationData, index: int, shows_data: bool) -> _Look:
+    example = source.example(index)
+    with record_sampling(model) as record:
+        output = model(example)
+    if source.task == "detection":
+        look = _detection(source, index, output[0], shows_data)
+        # As the backbone sees it: resized, and padded to the right and below.
+        detector: Any = model
+        batch, _ = detector.transform(example)
+        frame = Frame(look.frame.size, batch.image_sizes[0], tuple(batch.tensors.shape[2:]))
+        return replace(look, frame=frame, decisions=record.decisions)
+    show = _segmentation if source.task == "segmentation" else _classification
+    return replace(show(source, index, output, shows_data), decisions=record.decisions)
+
+
+def _segmentation(
+    source: EvaluationData, index: int, output: dict[str, Tensor], shows_data: bool
+) -> _Look:
+    image, labels = source.view[index]
+    logits = output["out"][0]
+    colours = {"num_classes": len(source.classes), "ignore_index": source.source.ignore_index}
+    prediction = colour_classes(logits.argmax(0), **colours)
+    title = source.title(index)
+    panels = [Panel("prediction" if shows_data else f"{title}: prediction", prediction)]
+    background = prediction
+    if shows_data:
+        background = to_pixels(image)
+        annotation = colour_classes(labels, **colours)
+        panels = [Panel(title, background), Panel("annotation", annotation), *panels]
+    return _Look(panels, background, Frame.plain((image.shape[1], image.shape[2])))
+
+
+def _classification(source: EvaluationData, index: int, output: Tensor, shows_data: bool) -> _Look:
+    image, label = source.view[index]
+    probability, predicted = output[0].softmax(0).max(0)
+    text = f"{source.title(index)}: {source.classes[int(predicted)]} {float(probability):.0%}"
+    size = image.shape[1], image.shape[2]
+    if not shows_data:
+        return _Look([], _canvas(size), Frame.plain(size), caption=f"{text}\n")
+    text += f" (is {source.classes[label]})"
+    pixels = to_pixels(image)
+    return _Look([Panel(text, pixels)], pixels, Frame.plain(size))
+
+
+def _detection(
+    source: EvaluationData, index: int, found: dict[str, Tensor], shows_data: bool
+) -> _Look:
+    image, target = source.view[index]
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    size = pixels.shape[0], pixels.shape[1]
+    background = pixels if shows_data else _canvas(size)
+    title = source.title(index)
+    texts = [f"{float(score):.2f}" for score in found["scores"]]
+    kept = [i for i, score in enumerate(found["scores"]) if score >= _LEAST_CONFIDENCE]
+    boxes = [_box(source, found["boxes"][i], found["labels"][i], texts[i]) for i in kept]
+    caption = f"{len(boxes)} found at {_LEAST_CONFIDENCE} or more"
+    panels = [Panel(caption if shows_data else f"{title}: {caption}", background, boxes)]
+    if shows_data:
+        truth = [
+            _box(source, box, label)
+            for box, label in zip(target["boxes"], target["labels"], strict=True)
+        ]
+        panels = [Panel(f"{title}: annotation", background, truth), *panels]
+    return _Look(panels, background, Frame.plain(size))
+
+
+def _box(source: EvaluationData, corners: Tensor, label: Tensor, text: str = "") -> Box:
+    x0, y0, x1, y1 = corners.tolist()
+    name = source.classes[int(label)] or f"class {int(label)}"
+    return Box((x0, y0, x1, y1), f"{name} {text}".strip(), int(label))
+
+
+def _canvas(size: tuple[int, int]) -> np.ndarray:
+    return np.full((*size, 3), _CANVAS, dtype=np.uint8)

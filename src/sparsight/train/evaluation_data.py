@@ -1,0 +1,211 @@
+"""The images that a checkpoint is scored on: of which data set, and in the form its model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sparsight.train.architecture import AnyArchitecture, Task
+from sparsight.train.checkpoint import read_architecture, read_dataset
+from sparsight.train.data import (
+    CIFAR10,
+    CamVid,
+    Cityscapes,
+    Coco,
+    ImageFolders,
+    SeededView,
+    cifar10_evaluation_transform,
+    collate_detection,
+    detection_transform,
+    evaluation_transform,
+    imagenet_evaluation_transform,
+)
+from sparsight.train.evaluate import Score, score
+from sparsight.train.evaluate_classification import ClassificationScore, score_classification
+from sparsight.train.evaluate_detection import DetectionScore, score_detector
+
+DatasetName = Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco"]
+Split = Literal["train", "val"]
+
+_TASK_OF: dict[DatasetName, Task] = {
+    "camvid": "segmentation",
+    "cityscapes": "segmentation",
+    "cifar10": "classification",
+    "imagenet": "classification",
+    "coco": "detection",
+}
+
+
+def dataset_of(checkpoint: str | Path, asked: DatasetName | None = None) -> DatasetName:
+    """Return which data set a checkpoint is scored on.
+
+    What is asked for counts; without it what the checkpoint says of its training; and for
+    checkpoints that say nothing, what follows from the architecture: a detector is of COCO, a
+    ResNet for 32x32 images of CIFAR-10, torchvision's ResNet of ImageNet, a segmentation model with
+    11 classes of CamVid and with 19 of Cityscapes.
+
+    Args:
+        checkpoint: a file that `save_checkpoint` wrote.
+        asked: name of the data set.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no checkpoint; one whose data set is not known and was not asked for; or one
+            that is for another task than the data set.
+    """
+    architecture, told = read_architecture(checkpoint), read_dataset(checkpoint)
+    name = asked or told or _usual(architecture)
+    fitting = [known for known, task in _TASK_OF.items() if task == architecture.task]
+    if name in fitting:
+        return name  # type: ignore[return-value]  # one of the names, by the line before
+    found = f"was trained on {told!r}" if told else "does not say what data set it was trained on"
+    arrived = "no data set was asked for" if asked is None else f"{asked!r} was asked for"
+    raise ValueError(
+        f"dataset_of: {str(checkpoint)!r} is a {architecture.model} for {architecture.task} with "
+        f"{architecture.num_classes} classes and {found}; {arrived}; one of {', '.join(fitting)} "
+        "is required; pass it as --dataset."
+    )
+
+
+def _usual(architecture: AnyArchitecture) -> DatasetName | None:
+    if architecture.task == "detection":
+        return "coco"
+    if architecture.task == "classification":
+        return "cifar10" if architecture.model == "resnet_cifar" else "imagenet"
+    by_classes: dict[int, DatasetName] = {11: "camvid", 19: "cityscapes"}
+    return by_classes.get(architecture.num_classes)
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """A split of a data set, unaugmented, as the models of its task take it.
+
+    Attributes:
+        name: of the data set.
+        source: its reader.
+        view: (image, annotation) by index, transformed.
+    """
+
+    name: DatasetName
+    source: Any
+    view: SeededView
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    @property
+    def task(self) -> Task:
+        """What models of this data set are for."""
+        return _TASK_OF[self.name]
+
+    @property
+    def classes(self) -> Sequence[str | None]:
+        """Name of each class, by its number."""
+        return self.source.classes
+
+    def batches(self, batch_size: int) -> DataLoader[Any]:
+        """Return all images in batches, in order."""
+        collate_fn = collate_detection if self.task == "detection" else None
+        return DataLoader(self.view, batch_size=batch_size, collate_fn=collate_fn)
+
+    def example(self, index: int = 0) -> Tensor | list[Tensor]:
+        """Return one image as the model takes it: (1, 3, H, W) channels-last; in a list to detect.
+
+        Raises:
+            ValueError: there is no such image.
+        """
+        if not 0 <= index < len(self):
+            raise ValueError(
+                f"{self.name}: image {index} of {len(self)}; 0 to {len(self) - 1} is required; "
+                "choose another image, or another split."
+            )
+        image = self.view[index][0]
+        if self.task == "detection":
+            return [image]
+        return image[None].contiguous(memory_format=torch.channels_last)
+
+    def title(self, index: int) -> str:
+        """Return a name of an image that can be a file's."""
+        if self.name == "cifar10":
+            return f"image{index}"
+        if self.name == "coco":
+            return Path(self.source.file_names[index]).stem
+        path: Path = self.source.items[index][0]
+        # Names of ImageNet's files may repeat from class to class.
+        return f"{path.parent.name}_{path.stem}" if self.name == "imagenet" else path.stem
+
+    def score(
+        self, model: nn.Module, *, batch_size: int
+    ) -> Score | ClassificationScore | DetectionScore:
+        """Return what a model, in eval mode, scores on all images and what it computes for that."""
+        batches = self.batches(batch_size)
+        if self.task == "detection":
+            return score_detector(model, batches, data=self.source)
+        if self.task == "classification":
+            return score_classification(model, batches, num_classes=len(self.classes))
+        return score(
+            model, batches, classes=self.source.classes, ignore_index=self.source.ignore_index
+        )
+
+
+def open_evaluation_data(
+    name: DatasetName,
+    root: str | Path,
+    *,
+    split: Split,
+    num_classes: int,
+    size: tuple[int, int],
+) -> EvaluationData:
+    """Return a split of a data set for models of `num_classes` classes and of an input size.
+
+    Args:
+        name: of the data set.
+        root: its folder, in the layout that its reader in `sparsight.train.data` describes.
+        split: "train", or "val", which is CIFAR-10's test set.
+        num_classes: of the model; a detector's with the background.
+        size: height and width in pixels that images are brought to; of detectors, which resize
+            themselves, not used.
+
+    Raises:
+        FileNotFoundError: a folder or file is missing; says which layout is expected and where to
+            obtain the data.
+        ValueError: an unknown name, another number of classes, or a size that the data set does not
+            come in.
+    """
+    if name == "coco":
+        source = Coco(root, f"{split}2017", num_classes=num_classes)
+        return EvaluationData(
+            name, source, SeededView(source, detection_transform(is_training=False))
+        )
+    if name == "cifar10":
+        if tuple(size) != (32, 32):
+            raise ValueError(
+                f"open_evaluation_data: size={size[0]}x{size[1]} for CIFAR-10; 32x32 is required: "
+                "its images are taken as they are; leave --size out."
+            )
+        source = CIFAR10(root, "test" if split == "val" else "train")
+        transform = cifar10_evaluation_transform()
+    elif name == "imagenet":
+        source, transform = ImageFolders(root, split), imagenet_evaluation_transform(size)
+    elif name == "camvid":
+        source, transform = CamVid(root, split), evaluation_transform(size)
+    elif name == "cityscapes":
+        source, transform = Cityscapes(root, split), evaluation_transform(size)
+    else:
+        raise ValueError(
+            f"open_evaluation_data: dataset={name!r}; one of {', '.join(get_args(DatasetName))} "
+            "is required."
+        )
+    if len(source.classes) != num_classes:
+        raise ValueError(
+            f"open_evaluation_data: {name} in {str(root)!r} has {len(source.classes)} classes, the "
+            f"checkpoint {num_classes}; equal numbers are required; pass --data with the images "
+            "that it was trained on, and --dataset if they are of another data set."
+        )
+    return EvaluationData(name, source, SeededView(source, transform))

@@ -1,0 +1,82 @@
+"""The training page: its Python runs, its commands have the flags that they are given."""
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sparsight import cli
+from sparsight.measure import count_macs
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+# For a test the network is shallower, the images are smaller, the steps fewer.
+SMALLER = {
+    "resnet_cifar(20)": "resnet_cifar(8)",
+    "torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))": (
+        "torch.randn(4, 3, 16, 16), torch.randint(0, 10, (4,))"
+    ),
+    "range(20)": "range(10)",
+    "num_steps=10": "num_steps=4",
+}
+
+
+def test_its_python_runs_and_meets_the_budget(capsys):
+    code = "".join(blocks("python"))
+    for written, smaller in SMALLER.items():
+        assert code.count(written) == 1, written
+        code = code.replace(written, smaller)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["share"] == pytest.approx(names["budget"], abs=0.01)
+    counted = count_macs(names["fast"], names["batches"][0][0])
+    assert counted.total / counted.dense == pytest.approx(names["budget"], abs=0.02)
+    assert "of the dense multiply-adds (budget 0.700)" in capsys.readouterr().out
+
+
+def commands() -> list[str]:
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip()]
+
+
+def function_of(words: list[str]):
+    """What a command calls, and the flags it is given."""
+    if words[1] == "train":
+        return cli.load_recipe(cli.find_recipe(words[2])), words[3:]
+    return getattr(cli, words[1]), words[2:]
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command.split()[:3]))
+def test_its_commands_have_their_flags(command):
+    words = shlex.split(command)
+    if words[0] == "python":
+        assert (ROOT / words[1]).is_file()
+        return
+    assert words[0] == "sparsight"
+    function, rest = function_of(words)
+    flags = {word[2:].replace("-", "_") for word in rest if word.startswith("--")}
+    assert flags <= set(inspect.signature(function).parameters)
+
+
+def test_flags_in_its_text_are_those_of_a_recipe_or_a_command():
+    known = {"traceback"}
+    for path in (ROOT / "recipes").glob("*/*.py"):
+        known |= set(inspect.signature(cli.load_recipe(path)).parameters)
+    for name in ("evaluate", "masks", "profile"):
+        known |= set(inspect.signature(getattr(cli, name)).parameters)
+    text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
+    used = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w-]*)", text)}
+    assert len(used) > 15 and used <= known
+
+
+def test_every_recipe_has_a_row():
+    for path in (ROOT / "recipes").glob("*/*.py"):
+        assert f"`{path.parent.name}/{path.name}`" in PAGE

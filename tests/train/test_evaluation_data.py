@@ -1,0 +1,120 @@
+"""Which data set a checkpoint is scored on, and its images as models take them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from sparsight.train.architecture import Architecture, DetectorArchitecture
+from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
+from sparsight.train.evaluation_data import dataset_of, open_evaluation_data
+
+SEGMENTATION = Architecture(num_classes=11)
+USUAL = {
+    "camvid": SEGMENTATION,
+    "cityscapes": replace(SEGMENTATION, num_classes=19),
+    "cifar10": replace(SEGMENTATION, model="resnet_cifar", num_classes=100),
+    "imagenet": replace(SEGMENTATION, model="resnet"),
+    "coco": DetectorArchitecture(num_classes=7),
+}
+
+
+def save(folder, architecture, dataset=None):
+    """A checkpoint whose weights nobody reads."""
+    path = folder / "weights.safetensors"
+    save_checkpoint(path, nn.Conv2d(1, 1, 1), architecture, dataset=dataset)
+    return path
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_without_a_word_the_data_set_follows_from_the_architecture(name, tmp_path):
+    assert dataset_of(save(tmp_path, USUAL[name])) == name
+
+
+def test_what_is_asked_for_counts_before_what_the_checkpoint_says(tmp_path):
+    assert dataset_of(save(tmp_path, SEGMENTATION, "cityscapes")) == "cityscapes"
+    assert dataset_of(save(tmp_path, SEGMENTATION, "cityscapes"), "camvid") == "camvid"
+    assert dataset_of(save(tmp_path, replace(SEGMENTATION, num_classes=3)), "camvid") == "camvid"
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "told", "asked", "message"),
+    [
+        (
+            3,
+            None,
+            None,
+            r"3 classes and does not say what .* on; no data set was asked for; one of",
+        ),
+        (
+            3,
+            "mine",
+            None,
+            r"for segmentation with 3 classes and was trained on 'mine'; no data set",
+        ),
+        (
+            11,
+            None,
+            "coco",
+            r"'coco' was asked for; one of camvid, cityscapes is required; .*--data",
+        ),
+    ],
+)
+def test_an_error_says_what_was_found_and_needed(tmp_path, num_classes, told, asked, message):
+    path = save(tmp_path, replace(SEGMENTATION, num_classes=num_classes), told)
+    with pytest.raises(ValueError, match=message):
+        dataset_of(path, asked)
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_images_come_as_the_model_takes_them(name, checkpoint_of):
+    weights, root = checkpoint_of(name)
+    model, architecture = load_checkpoint(weights)
+    data = open_evaluation_data(
+        name,
+        root,
+        split="val",
+        num_classes=architecture.num_classes,
+        size=architecture.size,
+    )
+    assert len(data) == 4 and data.task == architecture.task
+    assert len(data.classes) == architecture.num_classes
+    assert len({data.title(i) for i in range(4)}) == 4
+    with torch.no_grad():
+        model.eval()(data.example(3))
+    images, _ = next(iter(data.batches(3)))
+    assert len(images) == 3
+    score = data.score(model, batch_size=3)
+    assert score.num_images == 4 and 0.4 < score.share < 0.9
+    assert next(iter(score.figures)) == {"coco": "ap", "cifar10": "top1", "imagenet": "top1"}.get(
+        name, "miou"
+    )
+    with pytest.raises(ValueError, match=f"{name}: image 4 of 4; 0 to 3 is required"):
+        data.example(4)
+
+
+def open_with(name, checkpoint_of, **changes):
+    options = {"split": "val", "num_classes": 10, "size": (32, 32)} | changes
+    return open_evaluation_data(name, checkpoint_of(name)[1], **options)
+
+
+def test_another_number_of_classes_is_refused(checkpoint_of):
+    with pytest.raises(
+        ValueError, match=r"imagenet in '.*' has 2 classes, the checkpoint 10; equal"
+    ):
+        open_with("imagenet", checkpoint_of)
+    with pytest.raises(ValueError, match=r"Coco: num_classes=10, but the annotations have 2"):
+        open_with("coco", checkpoint_of)
+
+
+def test_cifar10_comes_in_one_size(checkpoint_of):
+    with pytest.raises(ValueError, match=r"size=64x64 for CIFAR-10; 32x32 is required"):
+        open_with("cifar10", checkpoint_of, size=(64, 64))
+
+
+def test_an_unknown_name_and_a_missing_split_are_refused(checkpoint_of):
+    with pytest.raises(ValueError, match=r"dataset='mnist'; one of camvid, cityscapes"):
+        open_evaluation_data("mnist", ".", split="val", num_classes=10, size=(32, 32))
+    with pytest.raises(FileNotFoundError, match=r"has no folder 'train'"):
+        open_with("camvid", checkpoint_of, split="train", num_classes=11)
