@@ -56,7 +56,7 @@ demo: $(STAMP)
 	$(BIN)/sparsight demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m 'not network' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not network' $(PYTEST_ARGS)
 
 bench: $(STAMP)
 	@out="$(BENCH_OUT)"; failed=; \

@@ -12,6 +12,8 @@ from sparsight.train.data import SyntheticScenes, evaluation_transform, training
 from sparsight.train.recipe import Recipe
 from sparsight.train.tasks import SegmentationTask
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
+
 ARCHITECTURE = Architecture(
     num_classes=6, fpn_channels=8, head_channels=8, size=(32, 48), sampling=Sampling()
 )
