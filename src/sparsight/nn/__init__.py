@@ -16,6 +16,7 @@ from sparsight.nn.interpolation import (
 from sparsight.nn.noise import blue_noise_tile
 from sparsight.nn.objective import sampling_loss
 from sparsight.nn.perforation import PerforatedSampler
+from sparsight.nn.recompute import recompute_activations
 from sparsight.nn.record import RecordedDecision, SamplingRecord, record_sampling
 from sparsight.nn.relu_gate import ReLUGate
 from sparsight.nn.sampled_block import SampledBlock
@@ -40,6 +41,7 @@ __all__ = [
     "SamplingRecord",
     "ZeroFill",
     "blue_noise_tile",
+    "recompute_activations",
     "record_sampling",
     "sampling_loss",
     "set_seed",
