@@ -124,12 +124,10 @@ def replace_pooling(
             "(torch.nn.functional.max_pool2d) cannot be replaced: write it as a module first."
         )
     converted = copy.deepcopy(model)
-    replacements = {converted.get_submodule(n): _make(m, kind) for n, m in selected.items()}
-    for old, new in replacements.items():
-        if isinstance(new, PooledConv2d):
-            # The parameters of the copy, not of the source.
-            new.weight, new.bias = old.weight, old.bias
-        new.train(old.training)
+    replacements: dict[nn.Module, Any] = {}
+    for name in selected:
+        old = converted.get_submodule(name)
+        replacements[old] = _make(old, kind).train(old.training)
     converted = replace_modules(converted, replacements)
     if example is not None:
         _try(model, converted, example, reject_functional=where is None)

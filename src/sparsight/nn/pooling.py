@@ -5,7 +5,7 @@ kin. Shapes: B C H W input, Ho Wo output, L and D the axes of one and three dime
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -169,7 +169,7 @@ class AdaptiveSoftPool2d(nn.Module):
         check_choice("AdaptiveSoftPool2d", "weights", weights, Weights, "channel")
         check_choice("AdaptiveSoftPool2d", "gradient", gradient, Gradient, "exact")
         is_pair = isinstance(output_size, tuple | list)
-        both = list(output_size) if is_pair else [output_size] * 2  # pyright: ignore[reportArgumentType]
+        both: list[Any] = list(output_size) if is_pair else [output_size, output_size]
         if len(both) != 2 or any(n is not None and (not isinstance(n, int) or n < 1) for n in both):
             raise ValueError(
                 f"AdaptiveSoftPool2d: output_size is {output_size!r}, but must be an integer of at "

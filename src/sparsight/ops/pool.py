@@ -166,10 +166,10 @@ def check_choice(caller: str, name: str, value: str, choices: object, default: s
 
 
 def _per_axis(
-    caller: str, name: str, value: int | Sequence[int], rank: int, minimum: int
+    caller: str, name: str, value: int | Sequence[int] | None, rank: int, minimum: int
 ) -> list[int]:
-    given = list(value) if isinstance(value, tuple | list) else [value]
-    numbers = given * rank if len(given) == 1 else given
+    given: list = list(value) if isinstance(value, tuple | list) else [value]
+    numbers: list[int] = given * rank if len(given) == 1 else given
     if len(numbers) != rank or any(
         isinstance(n, bool) or not isinstance(n, int) or n < minimum for n in numbers
     ):
@@ -204,8 +204,9 @@ def _soft_pool(
             f"reshape it, or use the pooling of {x.ndim - 2} axes."
         )
     kernel = _per_axis(caller, "kernel_size", kernel_size, rank, 1)
-    is_default = stride is None or (isinstance(stride, tuple | list) and not stride)
-    step = kernel if is_default else _per_axis(caller, "stride", stride, rank, 1)
+    # An empty stride is what max_pool takes for none.
+    is_given = stride is not None and not (isinstance(stride, tuple | list) and not stride)
+    step = _per_axis(caller, "stride", stride, rank, 1) if is_given else kernel
     pad = _per_axis(caller, "padding", padding, rank, 0)
     dilate = _per_axis(caller, "dilation", dilation, rank, 1)
     check_choice(caller, "weights", weights, Weights, "channel")
