@@ -56,14 +56,14 @@ demo: $(STAMP)
 	$(BIN)/sparsight demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m 'not network' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not network' $(PYTEST_ARGS)
 
 bench: $(STAMP)
 	@out="$(BENCH_OUT)"; failed=; \
 	measure() { echo "== $$*"; \
 	  $(BIN)/python bench/"$$1".py --out "$$out" "$${@:2}" $(BENCH_ARGS) || failed="$$failed $$1"; }; \
 	measure block; measure network; measure overhead; measure memory; measure crossover; measure roofline; \
-	measure training_step; measure training_step --dtype bfloat16; \
+	measure training_step; measure training_step --dtype bfloat16; measure pool; \
 	measure block --dtype bfloat16; measure network --dtype bfloat16 --only features; \
 	echo "== report"; $(BIN)/python bench/report.py --json "$$out" || failed="$$failed report"; \
 	if [ -n "$$failed" ]; then echo "make bench: failed:$$failed; the rest is in $$out" >&2; exit 1; fi

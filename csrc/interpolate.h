@@ -4,9 +4,10 @@
 //     w_q = exp(log_kernel[q - p] - max over those sites)   (tables by level: no exp at run time)
 //     out[p][:] = sum_q w_q values[q][:] / sum_q w_q, then + residual, activation; sites are copied
 //
-// Rows are channels-last. A weight below 2^-26 of the total is below half an ULP of float32 and is
-// not read, which leaves one to four rows a hole at the published width. Included in an ISA-named
-// namespace.
+// Rows are channels-last. Without eps, a weight that hardly counts beside that of the nearest site
+// is not read: below 2^-26 of it, a quarter of float32's rounding (kNegligible); on bfloat16 rows
+// below 2^-12 of it, an eighth of theirs (kNegligibleNarrow). That leaves one to four rows a hole
+// at the published width. Included in an ISA-named namespace.
 
 constexpr int kMaxWindowTaps = kMaxWindow * kMaxWindow;
 
@@ -62,7 +63,7 @@ static inline void window_bits(const FillCall& call, int64_t y, int64_t x, uint6
 
 // Chooses the sites that count for a hole and their normalised weights; returns how many. The taps
 // of one level share a kernel value, levels descend; `keep` of the first level that holds a site
-// says which taps weigh at least kNegligible of it.
+// says which taps are not negligible beside it.
 template <int WORDS>
 static inline int choose_sites(const FillCall& call, const uint64_t* words, int* taps,
                                float* weights) {

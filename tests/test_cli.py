@@ -12,6 +12,7 @@ from sparsight.train.architecture import Architecture, Sampling, build_dense, co
 from sparsight.train.checkpoint import read_dataset, save_checkpoint
 from sparsight.train.data import SyntheticScenes
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = str(ROOT / "recipes" / "segmentation" / "camvid.py")
 

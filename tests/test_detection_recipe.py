@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.models import resnet18
+from torchvision.models import resnet as zoo
 
 from sparsight.cli import load_recipe, main
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 RECIPE = str(Path(__file__).resolve().parents[1] / "recipes" / "detection" / "coco.py")
 FLAGS = ["--quick", "--backbone", "resnet18", "--progress-bar", "false"]
 
@@ -84,7 +85,7 @@ def test_masks_of_a_detector_are_drawn(trained, tmp_path):
 
 def test_a_dense_run_starts_a_sampled_one_on_the_same_images(tmp_path):
     coco = load_recipe(Path(RECIPE))
-    torch.save(resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
+    torch.save(zoo.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
     common = {"backbone": "resnet18", "quick": True, "progress_bar": False}
     dense = coco(
         **common,

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 from torchvision.models import detection, segmentation
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import sparsight
@@ -32,7 +32,7 @@ MODELS = {
     "resnet18": lambda: torchvision.models.resnet18(weights=None, num_classes=5),
     "resnet50": lambda: torchvision.models.resnet50(weights=None, num_classes=5),
     "resnext50_32x4d": lambda: torchvision.models.resnext50_32x4d(weights=None, num_classes=5),
-    "wide_resnet50_2": lambda: torchvision.models.wide_resnet50_2(weights=None, num_classes=5),
+    "wide_resnet": lambda: ResNet(Bottleneck, [1, 2, 1, 1], num_classes=5, width_per_group=128),
     "fcn_resnet50": lambda: segmentation.fcn_resnet50(num_classes=5, **NO_WEIGHTS),
     "deeplabv3_resnet50": lambda: segmentation.deeplabv3_resnet50(num_classes=5, **NO_WEIGHTS),
     "resnet18 frozen norm": lambda: torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d),
@@ -40,7 +40,7 @@ MODELS = {
         num_classes=5, min_size=64, max_size=96, box_detections_per_img=5, **NO_WEIGHTS
     ),
 }
-NUM_BLOCKS = {"resnet18": 8, "resnet18 frozen norm": 8}
+NUM_BLOCKS = {"resnet18": 8, "resnet18 frozen norm": 8, "wide_resnet": 5}
 
 
 def randomise(model):
@@ -54,7 +54,7 @@ def randomise(model):
     return model
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # resnet18 and another
 def cached(name):
     torch.manual_seed(0)
     return randomise(MODELS[name]()).eval()

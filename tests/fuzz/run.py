@@ -52,7 +52,7 @@ def load(name: str, folder: Path) -> ModuleType:
 
 shared = load("conftest", TESTS / "ops")
 blocks = load("test_block", TESTS / "ops")
-narrow = load("test_bfloat16", TESTS)
+narrow = load("rounding", TESTS / "bfloat16")
 
 
 def fuzz_convolution(draw) -> str:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -28,6 +28,11 @@ def scenes(count=24, seed=0):
 
 
 def network(num_layers=2):
+    return copy.deepcopy(trained_network(num_layers))
+
+
+@cache
+def trained_network(num_layers):
     torch.manual_seed(3)
     layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
     for _ in range(num_layers - 1):
@@ -35,8 +40,9 @@ def network(num_layers=2):
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)]
     dense = nn.Sequential(*layers)
     with torch.no_grad():  # statistics as after training
+        images = scenes()
         for _ in range(60):
-            dense(scenes())
+            dense(images)
     return dense.eval()
 
 
@@ -164,7 +170,7 @@ def test_measured_norms_bring_the_outputs_back():
             model,
             scenes(),
             budget=0.5,
-            num_steps=20,
+            num_steps=8,
             batch_size=8,
             remeasure_norms=remeasures,
         )

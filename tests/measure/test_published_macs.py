@@ -90,8 +90,8 @@ def test_a_dense_backbone_counts_as_count_macs_counts_it(backbone):
 @pytest.mark.slow
 def test_the_published_number_is_that_of_a_real_pass():
     body = faster_rcnn("resnet101", num_classes=2, deformable=True).backbone.body.eval()
-    counted = count_macs(body, torch.zeros(1, 3, *published_size(500)))
-    assert f"{counted.total / 1e9:.2f}" == "70.03"
+    counted = count_macs(body, torch.zeros(1, 3, *published_size(224)))
+    assert f"{counted.total / 1e9:.2f}" == "8.80"
 
 
 def tiny() -> nn.Module:

@@ -153,8 +153,8 @@ def break_state(state, how):
         ("another width", r"not those of a ResNet-8 .*size mismatch for layer3\.0\.conv1\.weight"),
         ("a trained shortcut", r"Unexpected key.*layer2\.0\.shortcut\.0\.weight"),
         ("another network", r"has 1 tensors but no layer1\.\* or no linear\.weight"),
-        ("a list", r"holds a list that is no state_dict"),
-        ("code", r"cannot be read as tensors"),
+        ("a list", r"holds no state_dict \(it holds a list\)"),
+        ("code", r"holds no state_dict \(it holds more than tensors"),
     ],
 )
 def test_other_files_are_refused_with_the_reason(tmp_path, capsys, how, message):
@@ -169,7 +169,7 @@ def test_a_missing_and_a_broken_file_are_named(tmp_path):
         load_resnet_cifar(tmp_path / "w.pt")
     for content in (b"", b"no weights"):
         (tmp_path / "w.pt").write_bytes(content)
-        with pytest.raises(ValueError, match=r"w\.pt' cannot be read as tensors"):
+        with pytest.raises(ValueError, match=r"w\.pt' holds no state_dict"):
             load_resnet_cifar(tmp_path / "w.pt")
 
 

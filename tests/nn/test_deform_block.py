@@ -9,6 +9,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import deform_conv2d
 
 from sparsight.nn import DeformableBlock, DeformableConv2d
+from sparsight.nn.deform_block import make_stage_deformable
 
 KINDS = {
     "basic": lambda: BasicBlock(8, 8),
@@ -56,3 +57,20 @@ def test_offsets_are_made_of_the_blocks_input(is_modulated):
 def test_a_stride_before_conv2_is_refused():
     with pytest.raises(ValueError, match=r"conv1 has stride \(2, 2\), but .* one size; keep"):
         DeformableBlock(BasicBlock(8, 8, 2, nn.Conv2d(8, 8, 1, 2)))
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_a_stage_moves_by_the_blocks_inputs_where_sizes_allow(kind):
+    torch.manual_seed(0)
+    if kind == "basic":
+        halving = BasicBlock(8, 8, 2, nn.Conv2d(8, 8, 1, 2))
+    else:
+        halving = Bottleneck(8, 2, 2, nn.Conv2d(8, 8, 1, 2))
+    source = nn.Sequential(halving, type(halving)(8, 8 if kind == "basic" else 2)).eval()
+    stage = copy.deepcopy(source)
+    make_stage_deformable(stage)
+    assert [type(block) is DeformableBlock for block in stage] == [kind == "bottleneck", True]
+    assert [type(block.conv2) for block in stage] == [DeformableConv2d] * 2
+    assert [block.conv2.is_guided for block in stage] == [kind == "bottleneck", True]
+    x = torch.randn(2, 8, 9, 10)
+    torch.testing.assert_close(stage(x), source(x), rtol=1e-4, atol=1e-4)

@@ -141,22 +141,31 @@ def definition(block, sampled, x, masks):
     return F.relu(fill(ids[2], block.bn3(block.conv3(h))) + shortcut)
 
 
+# In training no small ones: batch norm over a handful of values amplifies rounding.
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (13, 18)])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("size", "training"),
+    [((1, 1), False), ((2, 3), False), ((13, 18), False), ((5, 6), True), ((13, 18), True)],
+)
 def test_full_mask_equals_the_source(kind, layout, size, training):
-    if training and size != (13, 18):
-        size = (5, 6)  # batch norm over a handful of values amplifies rounding
     block = make_block(kind).train(training)
     sampled = convert(block, layout, bias=-1e4, grid_stride=1)
     x = torch.randn(3, 12, *size)
     assert_close(sampled(x), block(x))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("fill", FILLS)
+# All kinds in all layouts, and every pair of a kind or a layout with a fill.
+BLOCKS = [
+    (kind, layout, fill)
+    for k, kind in enumerate(KINDS)
+    for i, layout in enumerate(LAYOUTS)
+    for f, fill in enumerate(FILLS)
+    if f == 0 or (k + i + f) % len(LAYOUTS) == 0
+]
+
+
+@pytest.mark.parametrize(("kind", "layout", "fill"), BLOCKS)
 def test_block_equals_its_definition_for_any_mask(kind, layout, fill):
     block = make_block(kind)
     for bias, size in itertools.product((-1e4, -3.0, 0.0), ((13, 18), (3, 2))):

@@ -9,6 +9,13 @@ from sparsight.ops import interpolate, sampled_conv2d, sites_from_mask
 # opcheck reads .grad of tensors that it made itself.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
+# Every pair of eps, kind of mask and dtype.
+INTERPOLATIONS = [
+    (None, True, torch.float32),
+    (None, False, torch.float64),
+    (1e-5, True, torch.float64),
+    (1e-5, False, torch.float32),
+]
 OPCHECKED = ("sites_from_mask", "sampled_conv2d", "interpolate", "interpolate_backward")
 
 
@@ -58,9 +65,15 @@ def test_sites_from_mask_passes_opcheck(draw, density):
     torch.library.opcheck(torch.ops.sparsight.sites_from_mask.default, (mask,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(
+    ("groups", "relu", "dtype"),
+    [
+        (1, False, torch.float32),
+        (4, True, torch.float32),
+        (1, True, torch.float64),
+        (4, False, torch.float64),
+    ],
+)
 def test_sampled_conv2d_passes_opcheck(draw, groups, relu, dtype):
     d = draw(2)
     sites = sites_from_mask(d.mask(2, 5, 4, 0.4))
@@ -75,9 +88,7 @@ def test_sampled_conv2d_passes_opcheck(draw, groups, relu, dtype):
     torch.library.opcheck(operator, (x, weight, None, *lists, None, relu))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("hard", [True, False])
-@pytest.mark.parametrize("eps", [None, 1e-5])
+@pytest.mark.parametrize(("eps", "hard", "dtype"), INTERPOLATIONS)
 def test_interpolate_passes_opcheck(draw, eps, hard, dtype):
     d = draw(3)
     features = d.normal(2, 3, 5, 4).to(dtype).requires_grad_()
@@ -87,9 +98,7 @@ def test_interpolate_passes_opcheck(draw, eps, hard, dtype):
     torch.library.opcheck(operator, (features, mask, log_kernel, eps))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("hard", [True, False])
-@pytest.mark.parametrize("eps", [None, 1e-5])
+@pytest.mark.parametrize(("eps", "hard", "dtype"), INTERPOLATIONS)
 def test_interpolate_backward_passes_opcheck(draw, eps, hard, dtype):
     d = draw(4)
     grad, features = d.normal(2, 3, 5, 4).to(dtype), d.normal(2, 3, 5, 4).to(dtype)

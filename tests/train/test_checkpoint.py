@@ -14,6 +14,8 @@ from sparsight.train.checkpoint import (
     write_atomically,
 )
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
+
 SMALL = Architecture(num_classes=3, fpn_channels=8, head_channels=8, size=(32, 48))
 SAMPLED = replace(SMALL, sampling=Sampling())
 

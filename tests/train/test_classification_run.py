@@ -11,7 +11,10 @@ from sparsight.measure import count_macs
 from sparsight.nn import SampledBlock, ZeroFill
 from sparsight.train.checkpoint import load_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated"),
+    pytest.mark.usefixtures("narrow_resnet18"),
+]
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "classification"
 CIFAR10, IMAGENET = (load_recipe(RECIPES / f"{name}.py") for name in ("cifar10", "imagenet"))
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sparsight.measure import count_macs
-from sparsight.nn import Sampler
+from sparsight.nn import Sampler, record_sampling
 from sparsight.nn.budget import SamplingPrice
 from sparsight.train.architecture import DetectorArchitecture, Sampling, build_dense, convert
 from sparsight.train.data import (
@@ -18,9 +18,12 @@ from sparsight.train.data import (
 )
 from sparsight.train.detection_task import DetectionTask, backbone_input
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec.*deprecated", "ignore:.*does not have many workers"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:.*LeafSpec.*deprecated", "ignore:.*does not have many workers"
+    ),
+    pytest.mark.usefixtures("narrow_resnet18"),
+]
 DENSE = DetectorArchitecture(
     num_classes=3, backbone="resnet18", fpn_channels=16, head_channels=32, size=(64, 96)
 )
@@ -97,9 +100,14 @@ def test_the_share_is_of_the_padded_batchs_backbone(data):
     for module in task.model.modules():
         if isinstance(module, Sampler):
             nn.init.constant_(module.head.bias, 0.0)
+            nn.init.zeros_(module.head.weight)
+    with record_sampling(task.model) as record, torch.no_grad():
+        body(tensors)
+    gated = sum(d.macs for d in record.decisions) / counted.dense
+    assert 0.5 < gated < 0.98
     logged = fit(task.train(), batch, 1)
     # Half of what is gated, and all of the stem and the shortcuts.
-    assert 0.5 < logged["expected_share"] < 0.6
+    assert logged["expected_share"] == pytest.approx(1 - gated / 2, abs=1e-5)
 
 
 def test_the_metric_is_that_of_the_images_seen(data):

@@ -16,6 +16,8 @@ from sparsight.train.data import (
 from sparsight.train.detection_task import backbone_input
 from sparsight.train.evaluate_detection import measured_backbone_share, score_detector
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Coco:

@@ -20,6 +20,8 @@ from sparsight.train.pictures import (
     to_pixels,
 )
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
+
 SMALL = Architecture(num_classes=3, fpn_channels=8, head_channels=8, sampling=Sampling())
 
 

@@ -13,6 +13,8 @@ from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
 from sparsight.train.tasks import SegmentationTask
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
+
 ARCHITECTURE = Architecture(
     num_classes=6, fpn_channels=8, head_channels=8, size=(32, 48), sampling=Sampling()
 )

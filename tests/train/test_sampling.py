@@ -23,6 +23,8 @@ from sparsight.nn import (
 from sparsight.nn.budget import BudgetController, SamplingPrice
 from sparsight.train.sampling import Sampling, apply_sampling, fitting_rate, plan, resized_size
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
+
 SIZE = (64, 96)
 
 

@@ -11,6 +11,8 @@ from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import Sampling, plan
 from sparsight.train.segmentation_run import train_segmentation
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
+
 SIZE = (32, 48)
 DENSE = Architecture(num_classes=6, fpn_channels=8, head_channels=8, size=SIZE)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -240,18 +241,25 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
-        if not has_formula(func) and func is not torch.ops.prim.device.default:
+        if _is_composite(func) and not has_formula(func):
             # Under inference_mode composite operators arrive whole: look at what they are made of.
             with self:
-                parts = func.decompose(*args, **kwargs)
-                if parts is not NotImplemented:
-                    return parts
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         if not self.tally.is_declared:
             macs = multiply_adds(func, args, kwargs, out)
             if macs:
                 self.tally.add_operator(macs)
         return out
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    """Whether an operator can be decomposed into others."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return func is not torch.ops.prim.device.default and (
+        key in func.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+    )
 
 
 @contextmanager

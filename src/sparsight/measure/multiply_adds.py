@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 # sparsight's own operators, outside a module that count_macs knows how to read, cost what their
 # sites say.
-FREE_SPARSIGHT_OPERATORS = {"sites_from_mask"}
+FREE_SPARSIGHT_OPERATORS = {"sites_from_mask", "soft_pool", "soft_pool_backward"}
 
 
 def _matrix_vector(args: Sequence[Any]) -> int:
@@ -56,6 +56,7 @@ def _flop_formulas() -> Mapping[Any, Callable[..., int]]:
     return flop_registry
 
 
+@cache
 def has_formula(func: Any) -> bool:
     """Whether an operator is counted as it stands, instead of by what it is composed of."""
     packet = func.overloadpacket
@@ -158,20 +159,19 @@ def read_footprint(sites: Tensor, conv: Any, height: int, width: int) -> Tensor:
     Returns:
         (B, 1, height, width) bool.
     """
-    batch, _, out_height, out_width = sites.shape
-    read = torch.zeros(batch, 1, height, width, dtype=torch.bool, device=sites.device)
-    (ky, kx), (sy, sx), (dy, dx) = conv.kernel_size, conv.stride, conv.dilation
-    py, px = _padding(conv)
-    rows = torch.arange(out_height, device=sites.device) * sy - py
-    columns = torch.arange(out_width, device=sites.device) * sx - px
-    for tap_y in range(ky):
-        for tap_x in range(kx):
-            y, x = rows + tap_y * dy, columns + tap_x * dx
-            inside_y, inside_x = (y >= 0) & (y < height), (x >= 0) & (x < width)
-            inside = sites[:, :, inside_y][..., inside_x]
-            at = (slice(None), slice(None), y[inside_y][:, None], x[inside_x][None, :])
-            read[at] = read[at] | inside
-    return read
+    (py, px), taps = _padding(conv), prod(conv.kernel_size)
+    geometry = zip(sites.shape[-2:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
+    reach_y, reach_x = ((n - 1) * s + d * (k - 1) + 1 for n, k, s, d in geometry)
+    # How often each position is read, from the first of the padding on.
+    reads = F.fold(
+        sites.float().flatten(2).expand(-1, taps, -1),
+        (reach_y, reach_x),
+        conv.kernel_size,
+        dilation=conv.dilation,
+        stride=conv.stride,
+    )
+    reads = F.pad(reads, (0, max(0, px + width - reach_x), 0, max(0, py + height - reach_y)))
+    return reads[..., py : py + height, px : px + width] > 0
 
 
 def _padding(conv: Any) -> tuple[int, int]:

@@ -5,14 +5,13 @@ Letters in shapes: B batch, C channels, H W height and width in pixels, N number
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
-from sparsight.nn import DeformableBlock, DeformableConv2d
+from sparsight.models.state_dict import read_state_dict
+from sparsight.nn.deform_block import make_stage_deformable
 
 BackboneName = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x8d"
@@ -86,6 +85,7 @@ def faster_rcnn(
             a ResNet that lacks a stage.
 
     Example:
+        >>> import torch
         >>> model = faster_rcnn("resnet18", num_classes=3, min_size=64, max_size=96).eval()
         >>> [sorted(found) for found in model([torch.rand(3, 48, 64)])]
         [['boxes', 'labels', 'scores']]
@@ -119,7 +119,7 @@ def faster_rcnn(
     _freeze_all_but(resnet, trainable_layers)
     if deformable:
         for name in _STAGES[1:]:
-            _let_move(cast(nn.Sequential, getattr(resnet, name)))
+            make_stage_deformable(getattr(resnet, name))
     pyramid = BackboneWithFPN(
         resnet,
         return_layers={name: str(i) for i, name in enumerate(_STAGES)},
@@ -144,10 +144,9 @@ def load_torchvision_weights(
 
     Args:
         model: from `faster_rcnn`, dense; changed in place.
-        path: a state_dict on disk, `*.safetensors` or a file that `torch.load` reads with
-            `weights_only=True`: of torchvision's Faster R-CNN, whose box predictor is left out if
-            its number of classes is another one, or of its ResNet classifiers, which goes into
-            `.backbone.body` without the classifier.
+        path: a state_dict on disk, as `read_state_dict` takes it: of torchvision's Faster R-CNN,
+            whose box predictor is left out if its number of classes is another one, or of its
+            ResNet classifiers, which goes into `.backbone.body` without the classifier.
         trained_eps: the epsilon under the root that the norms were trained with. Default None: 0
             for a file with the parameter names of before torchvision 0.13, which the published
             "fasterrcnn_resnet50_fpn" COCO_V1 weights are and need; 1e-5, torch's, for all others.
@@ -163,14 +162,12 @@ def load_torchvision_weights(
 
     Cost: none beyond reading the file; nothing is downloaded.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"load_torchvision_weights: {str(path)!r} does not exist; a local file of "
-            "torchvision's weights is required; fetch it from the URL that torchvision names "
-            "(torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url)."
-        )
-    tensors = _read(path)
+    advice = (
+        "a local file of torchvision's weights is required, as *.safetensors or written by "
+        "torch.save; fetch it from the URL that torchvision names "
+        "(torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url)"
+    )
+    tensors = read_state_dict(path, name="load_torchvision_weights", advice=advice)
     own = model.state_dict()
     is_old = any(
         name in tensors for name in ("rpn.head.conv.weight", "backbone.fpn.inner_blocks.0.weight")
@@ -254,17 +251,6 @@ def _stage_channels(resnet: nn.Module) -> list[int]:
     return widths
 
 
-def _let_move(stage: nn.Sequential) -> None:
-    """Make the 3x3 convolutions of a stage deformable, guided by the blocks' inputs."""
-    for i, block in enumerate(stage):
-        if tuple(cast(Any, block).conv1.stride) == (1, 1):
-            stage[i] = DeformableBlock(block)
-        else:
-            # A basic block that halves the resolution does so in conv1: its input is larger than
-            # what conv2 reads. The published code has no basic blocks.
-            block.conv2 = DeformableConv2d.from_conv(cast(nn.Conv2d, block.conv2))
-
-
 def _freeze_all_but(resnet: nn.Module, trainable_layers: int) -> None:
     """As torchvision: whatever lies in no thawed layer takes no gradient."""
     thawed: list[str] = list(_THAWED[:trainable_layers])
@@ -273,40 +259,6 @@ def _freeze_all_but(resnet: nn.Module, trainable_layers: int) -> None:
     for name, parameter in resnet.named_parameters():
         if name.partition(".")[0] not in thawed:
             parameter.requires_grad_(False)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    tensors: Any
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise _no_state(path, str(error)) from error
-    else:
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise _no_state(path, str(error).partition("\n")[0]) from error
-        except Exception as error:
-            # torch raises pickle's own error here, and this package imports no pickle.
-            if type(error).__name__ != "UnpicklingError":
-                raise
-            raise _no_state(path, "it holds more than tensors") from error
-    if not isinstance(tensors, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
-    ):
-        raise _no_state(path, "it is no mapping from names to tensors")
-    return dict(tensors)
-
-
-def _no_state(path: Path, reason: str) -> ValueError:
-    return ValueError(
-        f"load_torchvision_weights: {str(path)!r} holds no state_dict ({reason}); tensors by name "
-        "are required, as *.safetensors or written by torch.save; save model.state_dict() alone."
-    )
 
 
 def _is_count(name: str) -> bool:

@@ -154,9 +154,9 @@ def load_resnet_cifar(path: str | Path) -> ResNetCifar:
     """Return the trained CIFAR ResNet whose weights a file holds; depth and classes are read off.
 
     Args:
-        path: a state_dict saved by torch, as it is or under "state_dict", with or without
-            "module." before the names, which is the published form of
-            akamaster/pytorch_resnet_cifar10. Only tensors are read, no code is unpickled.
+        path: a state_dict as `read_state_dict` takes it; the published form of
+            akamaster/pytorch_resnet_cifar10 has it under "state_dict", with "module." before the
+            names. Only tensors are read, no code is unpickled.
 
     Returns:
         The model in eval mode on the CPU, float32. Its images are normalised with mean (0.485,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsight.nn import DeformableBlock
+from sparsight.nn.deform_block import make_stage_deformable
 
 BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnext50_32x4d"]
 
@@ -244,8 +244,7 @@ def _named_resnet(name: str, *, is_dilated: bool, is_deformable: bool) -> nn.Mod
     resnet = getattr(zoo, name)(weights=None, **keywords)
     if is_deformable:
         for stage in (resnet.layer2, resnet.layer3, resnet.layer4):
-            for i, block in enumerate(stage):
-                stage[i] = DeformableBlock(block)
+            make_stage_deformable(stage)
     return resnet
 
 

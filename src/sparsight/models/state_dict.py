@@ -1,23 +1,36 @@
-"""Weights that others saved with torch, read without running their code."""
+"""Weights that others saved, read without running their code."""
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# What torch.load(weights_only=True) raises on a file that is cut off, damaged or none of its own:
+# found by damaging files of both its forms at random. OSError and MemoryError are the machine's.
+_UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AssertionError,
+    struct.error,
+)
+
 
 def read_state_dict(
     path: str | Path, *, name: str = "read_state_dict", advice: str = ""
 ) -> dict[str, Tensor]:
-    """Return the tensors of a file written by `torch.save`, by name.
+    """Return the tensors of a `*.safetensors` file or of one written by `torch.save`, by name.
 
     Args:
         path: a state_dict, as it is or under "state_dict", with or without "module." before the
             names (as parallel training leaves them). Nothing but tensors and plain values is
-            unpickled.
+            unpickled; a name that ends in ".safetensors" is read with the package of that name.
         name: of the caller, for messages.
         advice: what is expected and where to obtain it, for messages.
 
@@ -26,22 +39,46 @@ def read_state_dict(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file holds no state_dict.
+        OSError: the file cannot be opened.
+        ValueError: the file holds no state_dict; says what it is instead.
     """
-    advice = advice or "a state_dict saved with torch.save is required; pass another file"
-    if not Path(path).is_file():
+    advice = advice or (
+        "tensors by name are required, as *.safetensors or written by torch.save; save "
+        "model.state_dict() alone or pass another file"
+    )
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{name}: {str(path)!r} does not exist; {advice}.")
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and end-of-file errors of any kind of other file
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{name}: {str(path)!r} cannot be read as tensors ({reason}); {advice}."
-        ) from error
+
+    def no_state(reason: str) -> ValueError:
+        return ValueError(f"{name}: {str(path)!r} holds no state_dict ({reason}); {advice}.")
+
+    state: Any
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise no_state(str(error)) from error
+    else:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except _UNREADABLE as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise no_state(f"torch cannot read it: {reason}") from error
+        except Exception as error:
+            # torch raises pickle's own error here, and this package imports no pickle. Its message
+            # advises to run the code in the file.
+            if type(error).__name__ != "UnpicklingError":
+                raise
+            raise no_state("it holds more than tensors, or torch did not write it") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(
-            f"{name}: {str(path)!r} holds a {type(state).__name__} that is no state_dict; {advice}."
-        )
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
+    if not isinstance(state, dict):
+        raise no_state(f"it holds a {type(state).__name__}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise no_state(f"its {key!r} is a {type(value).__name__}")
+    return {key.removeprefix("module."): value for key, value in state.items()}

@@ -1,13 +1,13 @@
 """A dense residual block whose second convolution is deformable and guided by the block's input."""
 
-from typing import cast
+from typing import Any, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparsight.nn.deform_conv import DeformableConv2d
 
-__all__ = ["DeformableBlock"]
+__all__ = ["DeformableBlock", "make_stage_deformable"]
 
 
 class DeformableBlock(nn.Module):
@@ -84,3 +84,22 @@ class DeformableBlock(nn.Module):
             branch = self.bn3(self.conv3(self.relu(branch)))
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.relu(branch + shortcut)
+
+
+def make_stage_deformable(stage: nn.Sequential) -> None:
+    """Make the 3x3 convolutions of a stage's residual blocks deformable, as published, in place.
+
+    Args:
+        stage: of basic or bottleneck blocks, as `DeformableBlock` takes them; each is replaced by
+            one, which has its children. A block with a stride in conv1 (a basic block that halves
+            the resolution; the published code has none) stays, and its conv2 moves as its own
+            input says: the block's input is larger than what conv2 reads.
+
+    Raises:
+        ValueError: conv2 pads with anything but zeros, or by a word.
+    """
+    for i, block in enumerate(stage):
+        if tuple(cast(Any, block).conv1.stride) == (1, 1):
+            stage[i] = DeformableBlock(block)
+        else:
+            block.conv2 = DeformableConv2d.from_conv(cast(nn.Conv2d, block.conv2))

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from sparsight.train.data.augment import (
     EpochSampler,
@@ -9,10 +10,10 @@ from sparsight.train.data.augment import (
     evaluation_transform,
     items_of_process,
     mix_seed,
+    normalise,
     normalised_picture,
     training_transform,
 )
-from sparsight.train.data.synthetic import SyntheticScenes
 
 IGNORE = 11
 
@@ -164,10 +165,59 @@ def test_a_target_of_boxes_and_a_class_come_out_plain():
     assert view[1][1] == 7
 
 
-def test_a_crop_is_cut_from_the_scaled_image():
-    scenes = SyntheticScenes(1, size=(64, 96), seed=0)
-    transform = training_transform((64, 96), ignore_index=255, crop=(32, 40), scale=(1.0, 1.0))
+def positions(height, width):
+    """An image whose red and green are row and column, and classes that number its pixels."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image = torch.stack([y, x, torch.zeros_like(y)]).byte()
+    return tv_tensors.Image(image), tv_tensors.Mask(y * width + x)
+
+
+@pytest.mark.parametrize(
+    ("scene", "factor"), [((64, 96), 1.0), ((32, 48), 2.0), ((96, 144), 2 / 3)]
+)
+def test_a_crop_is_one_window_of_the_scaled_scene(scene, factor):
+    """Image and class map are scaled once, then cut at one place, and flipped together or not."""
+    image, labels = positions(*scene)
+    size = [round(factor * length) for length in scene]
+    assert size == [64, 96]
+    whole = v2.Compose(normalise())(v2.functional.resize(image, size))
+    classes = v2.functional.resize(labels, size)
+    transform = training_transform((64, 96), ignore_index=-1, crop=(32, 40), scale=(1.0, 1.0))
+    places, flips = set(), set()
+    for seed in range(16):
+        torch.manual_seed(seed)
+        cut_image, cut_labels = transform(image, labels)
+        assert cut_image.shape == (3, 32, 40) and cut_labels.shape == (32, 40)
+        is_flipped = bool(cut_labels[0, 0] > cut_labels[0, -1])
+        if is_flipped:
+            cut_image, cut_labels = cut_image.flip(-1), cut_labels.flip(-1)
+        windows = classes.unfold(0, 32, 1).unfold(1, 40, 1)
+        equal = (windows == cut_labels).flatten(2).all(-1)
+        of_image = whole.unfold(1, 32, 1).unfold(2, 40, 1).permute(1, 2, 0, 3, 4)
+        equal &= (of_image == cut_image).flatten(2).all(-1)
+        assert equal.sum() == 1
+        places.add(tuple(equal.nonzero()[0].tolist()))
+        flips.add(is_flipped)
+    assert len(places) > 8
+    assert flips == {False, True}
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize(
+    ("scene", "fitted"), [((60, 84), (40, 56)), ((84, 60), (40, 28.6)), ((20, 84), (13.3, 56))]
+)
+def test_scale_one_fits_the_image_into_the_size(scene, fitted, scale):
+    """What is not padding is the whole image, at its aspect ratio."""
+    transform = training_transform((40, 56), ignore_index=-1, scale=(scale, scale))
+    _, labels = transform(*positions(*scene))
+    counted = labels >= 0
+    seen = counted.any(1).sum().item(), counted.any(0).sum().item()
+    assert seen == tuple(round(scale * length) for length in fitted)
+
+
+def test_scales_fill_their_range():
+    transform = training_transform((40, 56), ignore_index=-1, scale=(0.25, 0.75))
     torch.manual_seed(0)
-    image, labels = transform(*scenes[0])
-    assert image.shape == (3, 32, 40) and labels.shape == (32, 40)
-    assert not (labels == 255).any()  # nothing had to be padded
+    heights = [(transform(*positions(40, 56))[1] >= 0).any(1).sum().item() for _ in range(60)]
+    assert min(heights) in (10, 11, 12)
+    assert max(heights) in (28, 29, 30)

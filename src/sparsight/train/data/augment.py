@@ -27,9 +27,10 @@ def training_transform(
     """Return random scale, random crop, horizontal flip, normalisation.
 
     Args:
-        size: (height, width) in pixels that the image is fitted into, at scale 1.
+        size: (height, width) in pixels that the image is fitted into at scale 1, its aspect ratio
+            kept.
         ignore_index: class of the pixels added where a small image had to be padded.
-        scale: range of the scale relative to the image fitted into `size`.
+        scale: range of the factor on that, drawn uniformly.
         crop: (height, width) of what is cut out; None: `size`.
 
     Returns:
@@ -41,12 +42,27 @@ def training_transform(
     }
     return v2.Compose(
         [
-            v2.ScaleJitter(target_size=size, scale_range=scale, antialias=True),
+            _random_scale(size, scale),
             v2.RandomCrop(crop or size, pad_if_needed=True, fill=fill),
             v2.RandomHorizontalFlip(),
             *normalise(),
         ]
     )
+
+
+def _random_scale(size: tuple[int, int], scale: tuple[float, float]) -> Transform:
+    # Not v2.ScaleJitter, which divides the target's width by the image's height and the other way
+    # round (torchvision 0.29): at 4:3 all scales came out as three quarters of what was asked for.
+    resize = v2.functional.resize
+
+    def transform(image: tv_tensors.Image, labels: tv_tensors.Mask) -> tuple[Any, Any]:
+        height, width = image.shape[-2:]
+        factor = float(torch.empty(()).uniform_(*scale)) * min(size[0] / height, size[1] / width)
+        scaled = [max(1, round(factor * length)) for length in (height, width)]
+        # The kind of tensor decides: bilinear for the image, the nearest class for the class map.
+        return resize(image, scaled), resize(labels, scaled)
+
+    return transform
 
 
 def evaluation_transform(size: tuple[int, int]) -> Transform:
