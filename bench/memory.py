@@ -22,14 +22,11 @@ network 10,000 times. Linux with glibc only.
 import argparse
 import ctypes
 import functools
-import gc
 import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,6 +34,7 @@ from torch import nn
 
 from harness.models import STAGES, block_input, dense_block, frozen, resnet, sampled_at
 from harness.native import build_library
+from harness.resident import peak_kib, resident_kib, row_of_fresh_process, start_watching
 from harness.rivals import folded
 from harness.script import argument_parser, run_script, settings_of
 from harness.stages import Row, Stage
@@ -63,27 +61,6 @@ class Task:
     size: tuple[int, int]
     calls: int
     threads: int
-
-
-def field_kib(file: str, field: str) -> int:
-    """A field of a file in /proc/self."""
-    for line in Path("/proc/self", file).read_text(encoding="utf-8").splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0])
-    raise KeyError(field)
-
-
-def resident_kib() -> int:
-    """Resident memory, page by page: the counter in /proc/self/status lags by some hundred KiB."""
-    return field_kib("smaps_rollup", "Rss")
-
-
-def start_watching() -> None:
-    """Give freed memory back and forget the high-water mark so far."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def large_allocations() -> tuple[int, int] | None:
@@ -136,7 +113,7 @@ def watch(task: Task) -> Row:
         "size": f"{task.size[0]}x{task.size[1]}",
         "calls": task.calls,
         "before MiB": before / 1024,
-        "peak MiB": field_kib("status", "VmHWM") / 1024,
+        "peak MiB": peak_kib() / 1024,
         "growth KiB": resident_kib() - warm,
         "late growth KiB": resident_kib() - middle,
         "page faults per call": faults / task.calls,
@@ -150,19 +127,12 @@ def watch(task: Task) -> Row:
 
 def in_fresh_process(task: Task) -> Row:
     """The row of one variant, from a process of its own."""
-    command = [sys.executable, __file__, "--child", json.dumps(asdict(task))]
     with tempfile.TemporaryDirectory() as folder:
         counter = build_library("count_allocations.cpp", Path(folder), ["-fno-builtin"])
         environment = dict(os.environ)
         if isinstance(counter, Path):
             environment["LD_PRELOAD"] = str(counter)
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise RuntimeError(
-            f"bench/memory.py: the process of {task} exited with {done.returncode}, but must print "
-            f"a row; its last words: {done.stderr[-2000:]}"
-        )
-    row = json.loads(done.stdout.splitlines()[-1])
+        row = row_of_fresh_process(__file__, task, environment)
     if isinstance(counter, str):
         row["allocations per call"] = f"not counted: {counter}"
     return row

@@ -18,6 +18,7 @@
 #include "kernels.h"
 #include "operators.h"
 #include "pack.h"
+#include "pool_operators.h"
 #include "sampled_block.h"
 #include "threads.h"
 
@@ -108,6 +109,21 @@ const KernelTable& table_for_maps(bool is_bfloat16, const std::string& isa) {
   const KernelTable* table = bfloat16_table();
   if (!table) throw std::runtime_error("this CPU or this build has no AVX-512 BF16 instructions");
   return *table;
+}
+
+// batch, channels, whether rows, then in, out, kernel, stride, pad, dilation: D H W each.
+SoftPoolArrays pool_arrays(const std::vector<int64_t>& v, uintptr_t input) {
+  if (v.size() != 21) throw std::invalid_argument("a pooling needs 21 integers");
+  SoftPoolArrays a{};
+  a.batch = v[0];
+  a.channels = v[1];
+  a.rows = v[2] != 0;
+  a.input = ptr<const void>(input);
+  int64_t* fields[6] = {a.geometry.in,     a.geometry.out, a.geometry.kernel,
+                        a.geometry.stride, a.geometry.pad, a.geometry.dilation};
+  for (int field = 0; field < 6; ++field)
+    for (int axis = 0; axis < 3; ++axis) fields[field][axis] = v[3 + 3 * field + axis];
+  return a;
 }
 
 // The table that a block's `spec` asks for.
@@ -278,6 +294,22 @@ NB_MODULE(_kernels, m) {
                                  hard};
           soft_fill_backward(table, a, ptr<const void>(grad), ptr<void>(grad_features),
                              ptr<float>(grad_mask), ptr<float>(grad_log_kernel), num_threads);
+        });
+  m.def("soft_pool", [](uintptr_t input, uintptr_t output, std::vector<int64_t> numbers,
+                        bool is_bfloat16, const std::string& isa, int num_threads) {
+    const KernelTable& table = table_for_maps(is_bfloat16, isa);
+    const SoftPoolArrays arrays = pool_arrays(numbers, input);
+    nb::gil_scoped_release release;
+    soft_pool(table, arrays, ptr<void>(output), num_threads);
+  });
+  m.def("soft_pool_backward",
+        [](uintptr_t grad, uintptr_t input, uintptr_t grad_input, std::vector<int64_t> numbers,
+           bool detached, bool is_bfloat16, const std::string& isa, int num_threads) {
+          const KernelTable& table = table_for_maps(is_bfloat16, isa);
+          const SoftPoolArrays arrays = pool_arrays(numbers, input);
+          nb::gil_scoped_release release;
+          soft_pool_backward(table, arrays, ptr<const void>(grad), detached, ptr<void>(grad_input),
+                             num_threads);
         });
   m.def("block_sizes", [](uintptr_t spec, int64_t height, int64_t width) {
     const int64_t* s = ptr<const int64_t>(spec);

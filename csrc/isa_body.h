@@ -17,6 +17,7 @@ namespace SPARSIGHT_ISA {
 #include "heads.h"
 #include "max_pool.h"
 #include "soft_interpolate.h"
+#include "softpool.h"
 
 #define SPARSIGHT_STRING_(x) #x
 #define SPARSIGHT_STRING(x) SPARSIGHT_STRING_(x)
@@ -34,6 +35,10 @@ static const KernelTable table = {
     soft_fill,
     soft_fill_backward_rows,
     soft_fill_backward_sites,
+    soft_pool_rows,
+    soft_pool_rows_backward,
+    soft_pool_plane,
+    soft_pool_plane_backward,
 };
 
 }  // namespace SPARSIGHT_ISA

@@ -134,6 +134,37 @@ struct SoftFillCall {
   float* grad_log_kernel_rows;  // height x window^2 partial sums
 };
 
+// A pooling over up to three axes, D H W; missing ones come first and have extent and window 1.
+struct PoolGeometry {
+  int64_t in[3], out[3], kernel[3], stride[3], pad[3], dilation[3];
+};
+// Static, so that no copy that was compiled for a newer CPU is taken for all.
+// The axis along which the work on one image is split: depth, or rows where there is none.
+static inline int pool_split_axis(const PoolGeometry& g) {
+  return g.in[0] > 1 ? 0 : 1;
+}
+// Columns of the input sorted by phase, see softpool.h: how many phases, and how long each is.
+static inline int64_t pool_phases(const PoolGeometry& g) {
+  const int64_t reach = g.dilation[2] * (g.kernel[2] - 1) + 1;
+  return g.stride[2] < reach ? g.stride[2] : reach;
+}
+static inline int64_t pool_phase_length(const PoolGeometry& g) {
+  return g.out[2] + g.dilation[2] * (g.kernel[2] - 1) / g.stride[2];
+}
+
+// SoftPool of one image of rows, or of one plane; see softpool.h.
+struct SoftPoolCall {
+  PoolGeometry geometry;
+  int64_t channels;  // of a row; 1 for planes
+  const void* input;
+  void* output;      // forward only
+  const void* grad;  // backward only, as grad_input
+  void* grad_input;
+  bool detached;   // take the weights for constants
+  int64_t* taps;   // as many as a window has
+  float* scratch;  // rows backward: sums, where elements are narrow; planes: see pool_operators.cpp
+};
+
 struct KernelTable {
   const char* name;
   int64_t element_size;  // bytes of an element of a map
@@ -150,6 +181,11 @@ struct KernelTable {
   void (*soft_fill)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
   void (*soft_fill_backward_rows)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
   void (*soft_fill_backward_sites)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
+  // Rows: output rows; planes: outputs along the split axis. Backward, both: inputs along it.
+  void (*soft_pool_rows)(const SoftPoolCall&, int64_t begin, int64_t end);
+  void (*soft_pool_rows_backward)(const SoftPoolCall&, int64_t begin, int64_t end);
+  void (*soft_pool_plane)(const SoftPoolCall&, int64_t begin, int64_t end);
+  void (*soft_pool_plane_backward)(const SoftPoolCall&, int64_t begin, int64_t end);
 };
 
 const KernelTable* scalar_table();

@@ -98,6 +98,39 @@ static inline Vec larger(Vec a, Vec b) {
   return {
       _mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
 }
+static inline Vec div(Vec a, Vec b) {
+  return {_mm512_div_ps(a.v, b.v)};
+}
+// The larger one, b where either is NaN.
+static inline Vec greater_or(Vec a, Vec b) {
+  return {_mm512_max_ps(a.v, b.v)};
+}
+// a - b, 0 where they are equal: infinities too.
+static inline Vec distance(Vec a, Vec b) {
+  return {_mm512_maskz_sub_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ), a.v, b.v)};
+}
+// a where b is above the limit or NaN, else 0.
+static inline Vec keep_above(Vec a, Vec b, Vec limit) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(b.v, limit.v, _CMP_NLE_UQ), a.v)};
+}
+// 2^n of a float whose lowest 9 bits of mantissa are n + 127.
+static inline Vec power_of_two(Vec biased) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(biased.v), 23))};
+}
+// The even lanes of the two vectors in a row; the lanes of two vectors in turns, first and last.
+static inline Vec even_lanes(Vec a, Vec b) {
+  const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return {_mm512_permutex2var_ps(a.v, at, b.v)};
+}
+static inline Vec zip_first(Vec a, Vec b) {
+  const __m512i at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return {_mm512_permutex2var_ps(a.v, at, b.v)};
+}
+static inline Vec zip_last(Vec a, Vec b) {
+  const __m512i at =
+      _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return {_mm512_permutex2var_ps(a.v, at, b.v)};
+}
 
 #elif defined(SPARSIGHT_AVX2)
 
@@ -145,6 +178,31 @@ static inline Vec relu(Vec a) {
 static inline Vec larger(Vec a, Vec b) {
   return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
 }
+static inline Vec div(Vec a, Vec b) {
+  return {_mm256_div_ps(a.v, b.v)};
+}
+static inline Vec greater_or(Vec a, Vec b) {
+  return {_mm256_max_ps(a.v, b.v)};
+}
+static inline Vec distance(Vec a, Vec b) {
+  return {_mm256_and_ps(_mm256_sub_ps(a.v, b.v), _mm256_cmp_ps(a.v, b.v, _CMP_NEQ_UQ))};
+}
+static inline Vec keep_above(Vec a, Vec b, Vec limit) {
+  return {_mm256_and_ps(a.v, _mm256_cmp_ps(b.v, limit.v, _CMP_NLE_UQ))};
+}
+static inline Vec power_of_two(Vec biased) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(biased.v), 23))};
+}
+static inline Vec even_lanes(Vec a, Vec b) {
+  const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88));
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xD8))};
+}
+static inline Vec zip_first(Vec a, Vec b) {
+  return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x20)};
+}
+static inline Vec zip_last(Vec a, Vec b) {
+  return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x31)};
+}
 
 #else
 
@@ -182,6 +240,35 @@ static inline Vec relu(Vec a) {
 static inline Vec larger(Vec a, Vec b) {
   return {a.v != a.v || a.v > b.v ? a.v : b.v};
 }
+static inline Vec div(Vec a, Vec b) {
+  return {a.v / b.v};
+}
+static inline Vec greater_or(Vec a, Vec b) {
+  return {a.v > b.v ? a.v : b.v};
+}
+static inline Vec distance(Vec a, Vec b) {
+  return {a.v == b.v ? 0.0f : a.v - b.v};
+}
+static inline Vec keep_above(Vec a, Vec b, Vec limit) {
+  return {b.v <= limit.v ? 0.0f : a.v};
+}
+static inline Vec power_of_two(Vec biased) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &biased.v, sizeof bits);
+  bits <<= 23;
+  Vec result;
+  __builtin_memcpy(&result.v, &bits, sizeof bits);
+  return result;
+}
+static inline Vec even_lanes(Vec a, Vec) {
+  return a;
+}
+static inline Vec zip_first(Vec a, Vec) {
+  return a;
+}
+static inline Vec zip_last(Vec, Vec b) {
+  return b;
+}
 
 #endif
 
@@ -217,6 +304,29 @@ static inline float to_float(Element x) {
   return value;
 }
 #endif
+
+// Below this the exponential is 0 here: e^-86.5 is 3e-38, and 2^n stays a normal number.
+constexpr float kLeastExponent = -86.5f;
+// e^x for x in [kLeastExponent, 0], 0 at its lower end, NaN of NaN; within 2 ULP.
+//
+// e^x = 2^n e^r with |r| <= ln(2) / 2; a number is rounded by adding 1.5 * 2^23, and what is added
+// beyond that biases the exponent. The polynomial is that of Cephes' expf; ln(2) is taken off in
+// two parts, of which n times the first is exact.
+static inline Vec exp_of_negative(Vec x) {
+  const Vec bias = Vec::set(12582912.0f + 127.0f);
+  const Vec biased = fma(x, Vec::set(1.44269504088896341f), bias);
+  const Vec n = add(biased, Vec::set(-12582912.0f - 127.0f));
+  Vec r = fma(n, Vec::set(-0.693359375f), x);
+  r = fma(n, Vec::set(2.12194440e-4f), r);
+  Vec p = Vec::set(1.9875691500e-4f);
+  p = fma(p, r, Vec::set(1.3981999507e-3f));
+  p = fma(p, r, Vec::set(8.3334519073e-3f));
+  p = fma(p, r, Vec::set(4.1665795894e-2f));
+  p = fma(p, r, Vec::set(1.6666665459e-1f));
+  p = fma(p, r, Vec::set(5.0000001201e-1f));
+  p = fma(p, mul(r, r), add(r, Vec::set(1.0f)));
+  return keep_above(mul(p, power_of_two(biased)), x, Vec::set(kLeastExponent));
+}
 
 static inline const Element* element_row(const void* base, int64_t elements) {
   return (const Element*)base + elements;

@@ -1,5 +1,6 @@
 """The training page: its Python runs, its commands have the flags that they are given."""
 
+import dataclasses
 import inspect
 import re
 import shlex
@@ -9,6 +10,7 @@ import pytest
 
 from sparsight import cli
 from sparsight.measure import count_macs
+from sparsight.train.hardware import Hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -47,6 +49,14 @@ def commands() -> list[str]:
     return [line for line in lines if line.strip()]
 
 
+def flags_of(function) -> set[str]:
+    """The flags of a recipe or a command; those of `**hardware` are the fields of Hardware."""
+    found = set(inspect.signature(function).parameters)
+    if "hardware" in found:
+        found |= {field.name for field in dataclasses.fields(Hardware)}
+    return found
+
+
 def function_of(words: list[str]):
     """What a command calls, and the flags it is given."""
     if words[1] == "train":
@@ -63,15 +73,15 @@ def test_its_commands_have_their_flags(command):
     assert words[0] == "sparsight"
     function, rest = function_of(words)
     flags = {word[2:].replace("-", "_") for word in rest if word.startswith("--")}
-    assert flags <= set(inspect.signature(function).parameters)
+    assert flags <= flags_of(function)
 
 
 def test_flags_in_its_text_are_those_of_a_recipe_or_a_command():
     known = {"traceback"}
     for path in (ROOT / "recipes").glob("*/*.py"):
-        known |= set(inspect.signature(cli.load_recipe(path)).parameters)
+        known |= flags_of(cli.load_recipe(path))
     for name in ("evaluate", "masks", "profile"):
-        known |= set(inspect.signature(getattr(cli, name)).parameters)
+        known |= flags_of(getattr(cli, name))
     text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
     used = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w-]*)", text)}
     assert len(used) > 15 and used <= known

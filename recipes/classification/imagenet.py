@@ -13,6 +13,7 @@ from sparsight.train.data import (
     imagenet_evaluation_transform,
     imagenet_training_transform,
 )
+from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling
 
@@ -50,6 +51,7 @@ def imagenet(
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     progress_bar: bool = True,
     quick: bool = False,
+    **hardware: Any,
 ) -> dict[str, Any]:
     """Train a ResNet on ImageNet, or fine-tune a trained one to compute less, and score it.
 
@@ -68,7 +70,7 @@ def imagenet(
         backbone: torchvision's ResNet.
         size: height and width of the images in pixels, as 224x224.
         epochs: passes over the training images.
-        batch_size: images per step.
+        batch_size: images per process and micro-batch.
         accumulate: micro-batches per optimiser step.
         lr: peak learning rate of AdamW.
         weight_decay: of weights of convolutions.
@@ -101,9 +103,11 @@ def imagenet(
         progress_bar: draw it.
         quick: two epochs of two batches; on drawn stripes where no data is given. Proves that the
             recipe runs.
+        **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
 
     Returns:
-        What is also written to result.json: top-1, top-5, MACs, share.
+        What is also written to result.json: top-1, top-5, MACs, share. Empty in all
+        processes of a distributed run but the first.
 
     Raises:
         ValueError: no data, flags that contradict each other (see `sparsight.train.plan`), or
@@ -150,6 +154,7 @@ def imagenet(
         max_batches=2 if quick else None,
         shows_progress=progress_bar,
         anneal_share=anneal_share,
+        hardware=Hardware(**hardware),
     )
     return run_classification(
         recipe,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
 
 from sparsight.measure import count_published_macs
 from sparsight.models.faster_rcnn import load_torchvision_weights
@@ -22,6 +23,7 @@ from sparsight.train.data import (
 )
 from sparsight.train.detection_task import DetectionTask
 from sparsight.train.evaluate_detection import measured_backbone_share, score_detector
+from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
 
@@ -69,6 +71,7 @@ def coco(
     overfit_images: int | None = None,
     progress_bar: bool = True,
     quick: bool = False,
+    **hardware: Any,
 ) -> dict[str, Any]:
     """Train Faster R-CNN with a feature pyramid on COCO and score it on the validation images.
 
@@ -106,7 +109,8 @@ def coco(
         head_channels: width of the box head.
         size: shorter side of the image in pixels, and the bound on the longer, as 1000x1667.
         epochs: passes over the training images.
-        batch_size: images per step; 8 as published, there on 8 GPUs.
+        batch_size: images per process and micro-batch. Published are 8 images a step, one on each
+            of 8 GPUs: `--devices 8 --batch-size 1`.
         accumulate: micro-batches per optimiser step: 8 with a batch size of 1 takes the least
             memory, and is the published step where norms are frozen.
         optimizer: "sgd" as published; "adamw" for short runs from random weights.
@@ -141,9 +145,11 @@ def coco(
         progress_bar: draw it.
         quick: two epochs of two batches, a narrow pyramid and head, small images; on drawn scenes
             where no data is given. Proves that the recipe runs.
+        **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
 
     Returns:
-        What is also written to result.json: COCO's metrics, MACs, share.
+        What is also written to result.json: COCO's metrics, MACs, share. Empty in all processes of
+        a distributed run but the first.
 
     Raises:
         ValueError: no data, a budget outside (0, 1], a budget and a weight at once, `pretrained`
@@ -214,7 +220,8 @@ def coco(
         dense = build_dense(architecture)
         if pretrained is not None:
             kept = load_torchvision_weights(dense, pretrained)
-            print(f"{pretrained}: loaded; {len(kept)} parameters keep their random values")
+            say = rank_zero_only(print)  # not once a process
+            say(f"{pretrained}: loaded; {len(kept)} parameters keep their random values")
         network = convert(dense, architecture)
     task = DetectionTask(
         network,
@@ -242,9 +249,11 @@ def coco(
         gradient_clip=gradient_clip,
         collate_fn=collate_detection,
         anneal_share=anneal_share,
+        hardware=Hardware(**hardware),
         shows_progress=progress_bar,
     )
-    recipe.fit(task, resume=resume)
+    if not recipe.fit(task, resume=resume):
+        return {}
 
     network.cpu().eval()
     result: dict[str, Any] = {

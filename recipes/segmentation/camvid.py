@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from sparsight.train.architecture import Architecture, build_dense
 from sparsight.train.data import CamVid, SyntheticScenes, evaluation_transform, training_transform
+from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
 from sparsight.train.segmentation_run import train_segmentation
@@ -46,6 +47,7 @@ def camvid(
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     progress_bar: bool = True,
     quick: bool = False,
+    **hardware: Any,
 ) -> dict[str, Any]:
     """Train a segmentation model on CamVid and score it on the validation images.
 
@@ -73,7 +75,7 @@ def camvid(
         size: height and width of the images in pixels, as 240x320. Scores are counted at the
             annotations' own size.
         epochs: passes over the training images.
-        batch_size: images per step.
+        batch_size: images per process and micro-batch.
         accumulate: micro-batches per optimiser step.
         lr: peak learning rate of AdamW.
         method: "sampled", the paper's; or a baseline: "resized" (the dense model on an input that
@@ -105,9 +107,11 @@ def camvid(
         progress_bar: draw it.
         quick: two epochs of two batches; on drawn scenes where no data is given. Proves that the
             recipe runs.
+        **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
 
     Returns:
-        What is also written to result.json: mIoU, IoU per class, MACs, share.
+        What is also written to result.json: mIoU, IoU per class, MACs, share. Empty in all
+        processes of a distributed run but the first.
 
     Raises:
         ValueError: no data, flags that contradict each other (see `sparsight.train.plan`), or a
@@ -174,6 +178,7 @@ def camvid(
         max_batches=2 if quick else None,
         shows_progress=progress_bar,
         anneal_share=anneal_share,
+        hardware=Hardware(**hardware),
     )
     return train_segmentation(
         recipe,

@@ -12,6 +12,7 @@ from sparsight.train.data import (
     evaluation_transform,
     training_transform,
 )
+from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
 from sparsight.train.segmentation_run import train_segmentation
@@ -52,6 +53,7 @@ def cityscapes(
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     progress_bar: bool = True,
     quick: bool = False,
+    **hardware: Any,
 ) -> dict[str, Any]:
     """Train a segmentation model on Cityscapes and score it on the validation images.
 
@@ -78,7 +80,7 @@ def cityscapes(
             annotations' own size.
         crop: height and width of what is cut from an image scaled by .75 to 1.75, for training.
         epochs: passes over the training images.
-        batch_size: images per step.
+        batch_size: images per process and micro-batch.
         accumulate: micro-batches per optimiser step.
         lr: peak learning rate of AdamW.
         method: "sampled", the paper's; or a baseline: "resized" (the dense model on an input that
@@ -110,9 +112,11 @@ def cityscapes(
         progress_bar: draw it.
         quick: two epochs of two batches; on drawn scenes where no data is given. Proves that the
             recipe runs.
+        **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
 
     Returns:
-        What is also written to result.json: mIoU, IoU per class, MACs, share.
+        What is also written to result.json: mIoU, IoU per class, MACs, share. Empty in all
+        processes of a distributed run but the first.
 
     Raises:
         ValueError: no data, flags that contradict each other (see `sparsight.train.plan`), or a
@@ -186,6 +190,7 @@ def cityscapes(
         max_batches=2 if quick else None,
         shows_progress=progress_bar,
         anneal_share=anneal_share,
+        hardware=Hardware(**hardware),
     )
     return train_segmentation(
         recipe,

@@ -46,6 +46,18 @@ def test_the_target_falls_linearly_to_the_budget():
     assert controller.target(1.0) == pytest.approx(0.35)
 
 
+def test_the_target_falls_from_where_a_sampled_model_starts():
+    controller = BudgetController(0.4, ramp=0.5)
+    controller.update([], SharePull(0.6, 0.1, 0.1), progress=0.0)
+    controller.update([], SharePull(0.9, 0.1, 0.1), progress=0.01)  # only the first step counts
+    assert [controller.target(p) for p in (0.0, 0.25, 0.5, 1.0)] == pytest.approx(
+        [0.6, 0.5, 0.4, 0.4]
+    )
+    fresh = BudgetController(0.4, ramp=0.5)
+    fresh.update([], SharePull(0.95, 0.1, 0.1), progress=0.0)
+    assert fresh.target(0.0) == 1.0
+
+
 def sampled_layers(count, *, bias=3.0):
     """A chain of 1x1 convolutions, sampled, with heads that read nothing: only levels count."""
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """SampledBlock: equal to its source where everything is sampled, to its definition elsewhere."""
 
+import collections
 import copy
 import itertools
 
@@ -423,3 +424,48 @@ def test_heads_with_hooks_or_of_other_strides_stay_single():
     samplers[0].head.register_forward_hook(lambda *args: None)
     assert join_heads(samplers, x) == [None, None, None]
     assert join_heads([sampler.eval() for sampler in samplers], x) == [None, None, None]
+
+
+def kept_maps(block, x):
+    """Storages of whole maps that a step of training keeps, by shape."""
+    kept = {}
+
+    def keep(tensor):
+        if tensor.ndim == 4 and tensor.shape[0] == len(x) and tensor.shape[1] > 1:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = block(x)
+    found = collections.Counter(tuple(tensor.shape) for tensor in kept.values())
+    return found, out
+
+
+@pytest.mark.parametrize("kind", ["basic", "basic strided", "bottleneck", "bottleneck strided"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_keeps_as_many_maps_as_the_dense_block(kind, layout):
+    x = torch.randn(5, 12, 9, 10)
+    expected, _ = kept_maps(make_block(kind).train(), x)
+    found, _ = kept_maps(convert(make_block(kind), layout, bias=0.0).train(), x)
+    assert found == expected
+
+
+@pytest.mark.parametrize("kind", ["basic strided", "bottleneck"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_block_that_is_watched_computes_the_same_step_by_step(kind, layout):
+    """A hook sees the norm's output, which is not made where norm and fill are one step."""
+    plain = convert(make_block(kind), layout, bias=0.0).train()
+    watched = copy.deepcopy(plain)
+    seen = []
+    for norm in (m for m in watched.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    x = torch.randn(2, 12, 9, 10)
+    results = []
+    for block in (plain, watched):
+        torch.manual_seed(0)
+        out = block(x)
+        out.square().sum().backward()
+        results.append([out, *[p.grad for p in block.parameters()], *block.buffers()])
+    assert len(seen) == len(plain.convolutions()) + 1
+    for expected, value in zip(*results, strict=True):
+        assert torch.equal(value, expected)

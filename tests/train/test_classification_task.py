@@ -37,7 +37,7 @@ def batch(count=6):
     return torch.utils.data.default_collate([view[i] for i in range(count)])
 
 
-def fit(task, steps, item, validate=None):
+def fit(task, steps, item, validate=None, **keywords):
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -48,6 +48,7 @@ def fit(task, steps, item, validate=None):
         num_sanity_val_steps=0,
         limit_val_batches=0 if validate is None else 1.0,
         callbacks=[TemperatureAnnealing(share=0.6)],
+        **keywords,
     )
     loader = torch.utils.data.DataLoader([item] * steps, batch_size=None)
     val = None if validate is None else torch.utils.data.DataLoader([validate], batch_size=None)
@@ -122,3 +123,14 @@ def test_top1_and_top5_are_counted_over_all_images():
     trainer = fit(task, 1, (images, labels), validate=(images, labels))
     assert float(trainer.callback_metrics["val_top1"]) == pytest.approx(0.25)
     assert float(trainer.callback_metrics["val_top5"]) == pytest.approx(0.5)
+
+
+def test_mixed_precision_trains():
+    network = convert(build_dense(SAMPLED), SAMPLED)
+    before = network.conv1.weight.detach().clone()
+    task = ClassificationTask(network, SAMPLED, objective=BudgetController(0.6))
+    trainer = fit(task, 1, batch(2), precision="bf16-mixed")
+    logged = torch.stack([trainer.callback_metrics[n] for n in ("loss", "expected_share")])
+    assert logged.isfinite().all()
+    assert network.conv1.weight.dtype == torch.float32
+    assert not torch.equal(network.conv1.weight, before)

@@ -9,6 +9,7 @@ from sparsight.nn.budget import BudgetController
 from sparsight.train import recipe as recipe_module
 from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
 from sparsight.train.data import SyntheticScenes, evaluation_transform, training_transform
+from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
 from sparsight.train.tasks import SegmentationTask
 
@@ -48,10 +49,11 @@ def test_resuming_gives_the_weights_of_the_uninterrupted_run(tmp_path, monkeypat
     make_recipe(tmp_path / "whole").fit(whole)
 
     def cut(self, trainer, pl_module, batch, batch_idx):
-        torch.manual_seed(recipe_module.mix_seed(self.seed, trainer.global_step, batch_idx))
+        seeds_of_steps(self, trainer, pl_module, batch, batch_idx)
         if trainer.global_step == 7:
             raise PowerCut
 
+    seeds_of_steps = recipe_module.StepSeed.on_train_batch_start
     cut_task = make_task()
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         patch.setattr(recipe_module.StepSeed, "on_train_batch_start", cut)
@@ -119,22 +121,43 @@ def test_less_images_than_a_batch_are_refused(tmp_path):
         few.fit(make_task())
 
 
-def test_the_noise_of_a_step_depends_on_the_step_alone():
+def test_each_process_needs_an_image_to_validate_and_a_batch_to_train(tmp_path):
+    several = replace(make_recipe(tmp_path), hardware=Hardware(devices=4, accelerator="cpu"))
+    with pytest.raises(ValueError, match=r"6 training images make no batch of 2 for each of 4"):
+        several.fit(make_task())
+    with pytest.raises(ValueError, match=r"2 validation images for 4 processes; .*--devices"):
+        replace(several, batch_size=1).fit(make_task())
+
+
+def test_what_is_validated_is_shared_out_without_repeats(tmp_path):
+    made = replace(make_recipe(tmp_path), val_data=SyntheticScenes(7, size=(32, 48), seed=2))
+    whole = torch.cat([images for images, _ in made.validation_batches()])
+    parts = [made.validation_batches(rank=rank, num_processes=2) for rank in (0, 1)]
+    assert [[len(images) for images, _ in part] for part in parts] == [[2, 2], [2, 1]]
+    shared = torch.cat([images for part in parts for images, _ in part])  # 0 1 4 5, then 2 3 6
+    assert torch.equal(shared[[0, 1, 4, 5, 2, 3, 6]], whole)
+
+
+def test_the_noise_of_a_step_depends_on_the_step_and_the_process_alone():
     class Trainer:
         global_step = 12
+        world_size = 2
+        global_rank = 0
 
-    draws = []
-    for start in (1, 2):
+    def draw(start, rank):
         torch.manual_seed(start)
-        callback = recipe_module.StepSeed(5)
-        callback.on_train_batch_start(Trainer(), L.LightningModule(), None, 3)
-        draws.append(torch.rand(4))
-    assert torch.equal(*draws)
+        trainer = Trainer()
+        trainer.global_rank = rank
+        recipe_module.StepSeed(5).on_train_batch_start(trainer, L.LightningModule(), None, 3)
+        return torch.rand(4)
+
+    assert torch.equal(draw(1, 0), draw(2, 0))
+    assert not torch.equal(draw(1, 0), draw(1, 1))
 
 
 def test_batches_are_made_as_the_task_takes_them(tmp_path):
     made = replace(make_recipe(tmp_path), collate_fn=lambda items: [image for image, _ in items])
-    for batches in (made.validation_batches(), made._training_batches()):
+    for batches in (made.validation_batches(), made.training_batches()):
         batch = next(iter(batches))
         assert isinstance(batch, list)
         assert [tuple(image.shape) for image in batch] == [(3, 32, 48)] * 2

@@ -146,3 +146,24 @@ def test_the_price_is_charged_on_the_share_of_the_whole_model():
     fit(task, 1, item)
     # Moved a tenth of the way from 1.
     assert float(task.recent_share) == pytest.approx(1 - 0.1 * gated / 2, abs=1e-5)
+
+
+def test_a_batch_of_which_no_pixel_counts_costs_nothing():
+    model = build_dense(DENSE)
+    task = SegmentationTask(model, DENSE, ignore_index=255)
+    images, labels = batch(1)
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(model(images)["out"], labels, ignore_index=255)
+        torch.testing.assert_close(task.task_loss((images, labels)), expected)
+        assert float(task.task_loss((images, torch.full_like(labels, 255)))) == 0.0
+
+
+def test_mixed_precision_trains():
+    model = convert(build_dense(SAMPLED), SAMPLED)
+    before = model.backbone.conv1.weight.detach().clone()
+    task = SegmentationTask(model, SAMPLED, ignore_index=255, objective=BudgetController(0.6))
+    trainer = fit(task, 1, batch(1), precision="bf16-mixed")
+    logged = torch.stack([trainer.callback_metrics[n] for n in ("loss", "expected_share")])
+    assert logged.isfinite().all()
+    assert model.backbone.conv1.weight.dtype == torch.float32
+    assert not torch.equal(model.backbone.conv1.weight, before)

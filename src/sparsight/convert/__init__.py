@@ -6,6 +6,7 @@ Enters: any eager torch model, above all torchvision's. Leaves: a converted copy
 
 from sparsight.convert.find import ConversionError
 from sparsight.convert.freeze import freeze
+from sparsight.convert.replace_pooling import replace_pooling
 from sparsight.convert.sparsify import SamplingReport, sparsify
 
-__all__ = ["ConversionError", "SamplingReport", "freeze", "sparsify"]
+__all__ = ["ConversionError", "SamplingReport", "freeze", "replace_pooling", "sparsify"]

@@ -103,28 +103,38 @@ def find_targets(model: nn.Module, where: Where | None = None) -> Targets:
 
 
 def _refuse_model(model: nn.Module) -> None:
+    refuse_wrapped("sparsify", model)
     for name, module in model.named_modules():
-        at = f"its submodule {name!r}" if name else "it"
+        if hasattr(module, "samplers_named"):
+            raise ConversionError(
+                f"sparsify: {_place(name)} is a {type(module).__name__}, so that the model is "
+                "converted already, but a dense model is needed; select everything in one call, "
+                "from the dense source."
+            )
+
+
+def _place(name: str) -> str:
+    return f"its submodule {name!r}" if name else "it"
+
+
+def refuse_wrapped(caller: str, model: nn.Module) -> None:
+    """Raise ConversionError where a model is scripted, compiled or wrapped for training."""
+    for name, module in model.named_modules():
+        at = _place(name)
         if isinstance(module, torch.jit.ScriptModule):
             raise ConversionError(
-                f"sparsify: {at} is scripted (torch.jit), but Python modules are needed; convert "
+                f"{caller}: {at} is scripted (torch.jit), but Python modules are needed; convert "
                 "the model before scripting."
             )
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise ConversionError(
-                f"sparsify: {at} is compiled (torch.compile), but an eager model is needed; "
+                f"{caller}: {at} is compiled (torch.compile), but an eager model is needed; "
                 "convert first, then compile the result."
             )
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise ConversionError(
-                f"sparsify: {at} is wrapped in {type(module).__name__}, but the bare model is "
+                f"{caller}: {at} is wrapped in {type(module).__name__}, but the bare model is "
                 "needed; convert model.module, then wrap the result."
-            )
-        if hasattr(module, "samplers_named"):
-            raise ConversionError(
-                f"sparsify: {at} is a {type(module).__name__}, so that the model is converted "
-                "already, but a dense model is needed; select everything in one call, from the "
-                "dense source."
             )
 
 
@@ -237,7 +247,7 @@ def refuse_block(block: Any) -> str | None:
     assert cls is not None
     if type(block).forward is not cls.forward or "forward" in vars(block):
         return f"{type(block).__name__} has another forward than {_named(cls)}"
-    reason = _refuse_replacement(block)
+    reason = refuse_replacement(block)
     if reason is not None:
         return reason
     num_convs = 3 if cls.__name__ == "Bottleneck" or hasattr(block, "conv3") else 2
@@ -276,7 +286,7 @@ def refuse_block(block: Any) -> str | None:
 
 def refuse_conv(conv: nn.Conv2d) -> str | None:
     """Why a single convolution cannot be sampled; None if it can."""
-    return _refuse_conv_kind(conv) or _refuse_replacement(conv)
+    return _refuse_conv_kind(conv) or refuse_replacement(conv)
 
 
 def _refuse_conv_kind(conv: Any) -> str | None:
@@ -336,7 +346,7 @@ def _is_lazy(module: nn.Module) -> bool:
     return any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False))
 
 
-def _refuse_replacement(module: nn.Module) -> str | None:
+def refuse_replacement(module: nn.Module) -> str | None:
     """Why this module object cannot be replaced by another one, whatever it computes."""
     # First: some parametrizations bring hooks of their own.
     if parametrize.is_parametrized(module):

@@ -163,7 +163,7 @@ def sparsify(
         replacements[source] = new
     for name, reason in targets.left_dense:
         _annotate(converted.get_submodule(name), f"left dense: {reason}")
-    converted = _replace(converted, replacements)
+    converted = replace_modules(converted, replacements)
 
     sampled = [n for n, _ in model.named_modules() if n in targets.blocks or n in targets.convs]
     report = SamplingReport(tuple(sampled), tuple(targets.left_dense))
@@ -190,7 +190,7 @@ def _new_parts(sampled: nn.Module) -> list[nn.Module]:
     return [sampled.sampler, sampled.interpolation]
 
 
-def _replace(model: nn.Module, replacements: dict[nn.Module, Any]) -> nn.Module:
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, Any]) -> nn.Module:
     """Put the new modules in the place of the old ones, under every name."""
     if model in replacements:
         return replacements[model]
@@ -209,7 +209,8 @@ def _annotate(module: Any, text: str) -> None:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """All of a model in eval mode and without gradients, until it is put back as it was."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -225,7 +226,8 @@ def _fill_mask(module: nn.Module, args: Any, decision: SamplingDecision) -> Samp
     return SamplingDecision(torch.ones_like(decision.mask), decision.probability, decision.relaxed)
 
 
-def _describe(output: Any) -> tuple[Any, list[Any]]:
+def describe_output(output: Any) -> tuple[Any, list[Any]]:
+    """Structure, shapes and dtypes of what a model returned."""
     leaves, structure = pytree.tree_flatten(output)
     return structure, [
         (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf)
@@ -241,12 +243,12 @@ def _try(source: nn.Module, converted: nn.Module, example: Any) -> None:
         if isinstance(owner, SampledBlock | SampledConv2d)
         for _, sampler in owner.samplers_named()
     ]
-    with _eval_mode(source):
-        expected = _describe(source(example))
-    with _eval_mode(converted):
+    with eval_mode(source):
+        expected = describe_output(source(example))
+    with eval_mode(converted):
         handles = [sampler.register_forward_hook(_fill_mask) for sampler in samplers]
         try:
-            arrived = _describe(converted(example))
+            arrived = describe_output(converted(example))
         except (RuntimeError, TypeError, ValueError) as error:
             raise ConversionError(
                 f"sparsify: the source runs on the example but the converted model does not "

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 # sparsight's own operators, outside a module that count_macs knows how to read, cost what their
 # sites say.
-FREE_SPARSIGHT_OPERATORS = {"sites_from_mask"}
+FREE_SPARSIGHT_OPERATORS = {"sites_from_mask", "soft_pool", "soft_pool_backward"}
 
 
 def _matrix_vector(args: Sequence[Any]) -> int:

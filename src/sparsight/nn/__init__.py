@@ -1,4 +1,4 @@
-"""Modules that decide where to compute, compute there, and fill in the rest.
+"""Modules that decide where to compute, compute there, and fill in the rest; SoftPool.
 
 Enters: dense maps, and convolutions or residual blocks to wrap. Leaves: modules with the same call
 contract, and the decisions they make. May import `sparsight.ops`; no other room.
@@ -16,6 +16,8 @@ from sparsight.nn.interpolation import (
 from sparsight.nn.noise import blue_noise_tile
 from sparsight.nn.objective import sampling_loss
 from sparsight.nn.perforation import PerforatedSampler
+from sparsight.nn.pooling import AdaptiveSoftPool2d, SoftPool1d, SoftPool2d, SoftPool3d
+from sparsight.nn.recompute import recompute_activations
 from sparsight.nn.record import RecordedDecision, SamplingRecord, record_sampling
 from sparsight.nn.relu_gate import ReLUGate
 from sparsight.nn.sampled_block import SampledBlock
@@ -24,6 +26,7 @@ from sparsight.nn.sampler import Sampler, SamplingDecision
 from sparsight.nn.seed import set_seed
 
 __all__ = [
+    "AdaptiveSoftPool2d",
     "AveragePoolInterpolation",
     "ConvInterpolation",
     "DeformableBlock",
@@ -38,8 +41,12 @@ __all__ = [
     "Sampler",
     "SamplingDecision",
     "SamplingRecord",
+    "SoftPool1d",
+    "SoftPool2d",
+    "SoftPool3d",
     "ZeroFill",
     "blue_noise_tile",
+    "recompute_activations",
     "record_sampling",
     "sampling_loss",
     "set_seed",

@@ -16,6 +16,7 @@ from sparsight.nn.record import SamplingRecord
 ShareWeights = Literal["macs", "published", "uniform"]
 
 _LEAST_SLOPE = 0.02
+_NEARLY_DENSE = 0.9
 _LARGEST_SHIFT = 0.5
 
 
@@ -136,18 +137,19 @@ class BudgetController(nn.Module):
       this price a sampler's level rises only if a MAC is worth more there than elsewhere. It scales
       with the task loss by itself and is never negative.
 
-    The target falls linearly from 1 to the budget over the first part of the run, so that training
-    is not shocked. The expected share is smooth and differentiable but leaves out the grid of
+    The target falls linearly to the budget over the first part of the run, so that training is not
+    shocked; from 1, or from the first step's share where the model starts below, for example from a
+    calibrated one. The expected share is smooth and differentiable but leaves out the grid of
     forced samples, the sampler heads and the interpolation; `calibrate` compares it with a measured
     share and moves the target by the difference.
 
     Args:
         budget: share of the dense model's MACs in (0, 1], everything counted.
-        ramp: share of the run over which the target falls from 1 to the budget.
+        ramp: share of the run over which the target falls to the budget.
         rate: of the Newton step, in (0, 1]; 0.2 leaves a lag of a few steps behind the target.
         memory: of the price's moving average, in [0, 1).
 
-    State: `multiplier` and `offset` are buffers, saved and restored with the weights.
+    State: `multiplier`, `offset` and `start` are buffers, saved and restored with the weights.
 
     Source: ours; gradient projection onto a constraint, Rosen, "The Gradient Projection Method for
     Nonlinear Programming", SIAM Journal 1960, in the one direction of the common level. The
@@ -158,6 +160,7 @@ class BudgetController(nn.Module):
 
     multiplier: Tensor
     offset: Tensor
+    start: Tensor
 
     def __init__(
         self, budget: float, *, ramp: float = 0.3, rate: float = 0.2, memory: float = 0.9
@@ -169,6 +172,7 @@ class BudgetController(nn.Module):
         self.memory = memory
         self.register_buffer("multiplier", torch.zeros(()))
         self.register_buffer("offset", torch.zeros(()))
+        self.register_buffer("start", torch.full((), math.nan))
 
     def expected_share(self, record: SamplingRecord, *, total_macs: int) -> Tensor:
         """Return the expected share of the dense MACs; arguments as for `SamplingPrice`."""
@@ -177,7 +181,9 @@ class BudgetController(nn.Module):
     def target(self, progress: float) -> float:
         """Return the expected share to aim for, at `progress` in [0, 1] of the run."""
         done = min(1.0, progress / self.ramp) if self.ramp > 0 else 1.0
-        return max(0.0, 1.0 + done * (self.budget - float(self.offset) - 1.0))
+        end = max(0.0, self.budget - float(self.offset))
+        start = 1.0 if math.isnan(float(self.start)) else float(self.start)
+        return start + done * (end - start)
 
     def forward(self, expected_share: Tensor) -> Tensor:
         """Return the scalar to add to the task loss.
@@ -200,6 +206,9 @@ class BudgetController(nn.Module):
                 processes the mean.
             progress: share of the run that is done, in [0, 1].
         """
+        if math.isnan(float(self.start)):
+            # A model that was never sampled starts at sigmoid(3): it is taken for a dense one.
+            self.start.fill_(1.0 if pull.share > _NEARLY_DENSE else pull.share)
         gradients = [level.grad for level in levels if level.grad is not None]
         if gradients and pull.price_slope > 0:
             total = float(torch.stack([g.double().sum() for g in gradients]).sum())

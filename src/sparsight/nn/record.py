@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from sparsight.nn.sampler import SamplingDecision
 
 __all__ = ["RecordedDecision", "SamplingRecord", "record_sampling"]
+
+# Set while a backward pass computes again what was recorded before.
+_IS_RECOMPUTING: ContextVar[bool] = ContextVar("is_recomputing", default=False)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ def record_sampling(model: nn.Module) -> Iterator[SamplingRecord]:
     """Record every sampling decision that the model makes inside a `with` block.
 
     The outputs, the random state and the modules are left as they are. Records may be nested. Every
-    call inside the block appends.
+    call inside the block appends; what `recompute_activations` computes again in a backward pass
+    does not.
 
     Args:
         model: a converted or frozen model, or any module that contains one.
@@ -107,6 +112,16 @@ def record_sampling(model: nn.Module) -> Iterator[SamplingRecord]:
             handle.remove()
 
 
+@contextmanager
+def recording_paused() -> Iterator[None]:
+    """Keep decisions made inside a `with` block, which were recorded before, out of all records."""
+    token = _IS_RECOMPUTING.set(True)
+    try:
+        yield
+    finally:
+        _IS_RECOMPUTING.reset(token)
+
+
 @dataclass(frozen=True, eq=False)
 class _Recorder:
     """Forward hook of one sampler."""
@@ -117,6 +132,8 @@ class _Recorder:
     index: int
 
     def __call__(self, module: nn.Module, args: Any, output: SamplingDecision) -> None:
+        if _IS_RECOMPUTING.get():
+            return
         batch, _, height, width = output.mask.shape
         self.record.decisions.append(
             RecordedDecision(

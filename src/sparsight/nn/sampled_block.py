@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparsight.nn.deform_conv import DeformableConv2d
+from sparsight.nn.interpolation import (
+    AveragePoolInterpolation,
+    ConvInterpolation,
+    RBFInterpolation,
+)
 from sparsight.nn.sampled_conv import check_gate, macs_per_position
 from sparsight.nn.sampler import join_heads
+from sparsight.ops.normalised_fill import normalised_fill
 
 __all__ = ["Layout", "SampledBlock"]
 
@@ -28,6 +34,10 @@ _DECISIONS: dict[tuple[str, int], tuple[int, ...]] = {
     ("b", 3): (0, 1, 1),
     ("c", 3): (0, 1, 2),
 }
+
+
+# Interpolations that are `ops.interpolate` with a kernel of theirs, and nothing else.
+_ONE_STEP = (RBFInterpolation, ConvInterpolation, AveragePoolInterpolation)
 
 
 class SampledBlock(nn.Module):
@@ -154,17 +164,20 @@ class SampledBlock(nn.Module):
 
         features = x
         for i, (_, conv, norm, _) in enumerate(parts[:last]):
-            features = self.relu(norm(_convolve(conv, features, x)))
-            if not self._stays_on_sites(i):
-                features = self._fill(i, features, masks)
+            features = _convolve(conv, features, x)
+            # What stays on sites for the last convolution is filled here where it may be.
+            if self._stays_on_sites(i) and not self._fills_before_last():
+                features = self.relu(norm(features))
+            else:
+                features = self._fill_normalised(i, features, norm, masks, activates=True)
         _, conv, norm, decision = parts[last]
+        features = _convolve(conv, features, x)
         if self._fills_before_last():
-            branch = norm(conv(self._fill(last - 1, features, masks)))
             window = cast(int, self.interpolations[decision].window)
             seen = _sees_site(self._mask_of(last, masks), window)
-            branch = torch.where(seen, branch, 0.0)
+            branch = torch.where(seen, norm(features), 0.0)
         else:
-            branch = self._fill(last, norm(_convolve(conv, features, x)), masks)
+            branch = self._fill_normalised(last, features, norm, masks, activates=False)
 
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.relu(branch + shortcut)
@@ -230,9 +243,52 @@ class SampledBlock(nn.Module):
         mask = masks[self._decision_of[i]]
         return mask if down == right == 1 else mask[..., ::down, ::right]
 
-    def _fill(self, i: int, features: Tensor, masks: list[Tensor]) -> Tensor:
-        """Fill what convolution i left out."""
-        return self.interpolations[self._decision_of[i]](features, self._mask_of(i, masks))
+    def _fill_normalised(
+        self, i: int, features: Tensor, norm: Any, masks: list[Tensor], *, activates: bool
+    ) -> Tensor:
+        """Normalise what convolution i made, activate it or not, and fill what it left out."""
+        interpolation: Any = self.interpolations[self._decision_of[i]]
+        mask = self._mask_of(i, masks)
+        if not self._is_one_step(norm, interpolation, mask, activates):
+            features = norm(features)
+            return interpolation(self.relu(features) if activates else features, mask)
+        if norm.training:
+            norm.num_batches_tracked.add_(1)
+        return normalised_fill(
+            features,
+            mask,
+            interpolation.log_kernel(),
+            weight=norm.weight,
+            bias=norm.bias,
+            running_mean=norm.running_mean,
+            running_var=norm.running_var,
+            training=norm.training,
+            momentum=norm.momentum,
+            norm_eps=norm.eps,
+            relu=activates,
+            eps=interpolation.eps,
+        )
+
+    def _is_one_step(
+        self, norm: Any, interpolation: nn.Module, mask: Tensor, activates: bool
+    ) -> bool:
+        """Whether norm, activation and fill may be one step of training, which keeps less.
+
+        Of modules that are plainly what they seem, and that nobody watches.
+        """
+        if mask.dtype == torch.bool or torch.compiler.is_compiling():
+            return False
+        watched = [norm, interpolation, *([self.relu] if activates else [])]
+        return (
+            type(norm) is nn.BatchNorm2d
+            and norm.affine
+            and norm.track_running_stats
+            and norm.momentum is not None
+            and type(interpolation) in _ONE_STEP
+            and (not activates or type(self.relu) is nn.ReLU)
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in watched)
+            and not any(m._backward_hooks or m._backward_pre_hooks for m in watched)
+        )
 
     def _stays_on_sites(self, i: int) -> bool:
         """Whether convolution i + 1 reads convolution i's output at its own sites only."""

@@ -262,14 +262,16 @@ class Sampler(nn.Module):
         perturbed = logits + noise
         # Not (perturbed >= 0): a NaN counts as sampled.
         mask = ~(perturbed < 0)
-        relaxed = torch.sigmoid(perturbed / self.temperature) if self.training else None
+        scaled = perturbed / self.temperature if self.training else None
         if self.grid_stride is not None:
             rows = torch.arange(height, device=device) % self.grid_stride == 0
             columns = torch.arange(width, device=device) % self.grid_stride == 0
             grid = rows[:, None] & columns[None, :]
             mask = mask | grid
-            if relaxed is not None:
-                relaxed = torch.where(grid, 1.0, relaxed)
+            if scaled is not None:
+                # Before the sigmoid, which then keeps the one map that the fill keeps too.
+                scaled = scaled.masked_fill(grid, torch.inf)
+        relaxed = None if scaled is None else torch.sigmoid(scaled)
         if relaxed is not None and self.straight_through:
             # The difference is exactly zero, so that the value is exactly 0 or 1.
             relaxed = mask.float() + (relaxed - relaxed.detach())

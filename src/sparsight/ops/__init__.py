@@ -9,6 +9,7 @@ from sparsight.ops import reference
 from sparsight.ops.conv import sampled_conv2d
 from sparsight.ops.deform import sampled_deform_conv2d
 from sparsight.ops.interpolate import interpolate
+from sparsight.ops.pool import soft_pool1d, soft_pool2d, soft_pool3d
 from sparsight.ops.sites import Sites, sites_from_mask
 
 __all__ = [
@@ -18,4 +19,7 @@ __all__ = [
     "sampled_conv2d",
     "sampled_deform_conv2d",
     "sites_from_mask",
+    "soft_pool1d",
+    "soft_pool2d",
+    "soft_pool3d",
 ]

@@ -300,6 +300,105 @@ def interpolate_backward(
     )
 
 
+def _pool_numbers(
+    x: Tensor,
+    output_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    is_rows: bool,
+) -> list[int]:
+    """The 21 integers of a pooling: missing axes come first, with extent and window 1."""
+    missing = 3 - len(kernel_size)
+    ones, zeros = [1] * missing, [0] * missing
+    return [
+        x.shape[0],
+        x.shape[1],
+        int(is_rows),
+        *ones,
+        *x.shape[2:],
+        *ones,
+        *output_size,
+        *ones,
+        *kernel_size,
+        *ones,
+        *stride,
+        *zeros,
+        *padding,
+        *ones,
+        *dilation,
+    ]
+
+
+def soft_pool(
+    x: Tensor,
+    output_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    memory_format: torch.memory_format,
+    *,
+    isa: str = "auto",
+    num_threads: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Kernel form of `pool_reference.soft_pool`, float32, or bfloat16 where there are kernels.
+
+    Input and output are taken in `memory_format`, contiguous or channels-last.
+    """
+    x = x.contiguous(memory_format=memory_format)
+    if out is None:
+        shape = (x.shape[0], x.shape[1], *output_size)
+        out = torch.empty(shape, dtype=x.dtype, memory_format=memory_format)
+    is_rows = memory_format != torch.contiguous_format
+    numbers = _pool_numbers(x, output_size, kernel_size, stride, padding, dilation, is_rows)
+    _kernels.soft_pool(
+        x.data_ptr(),
+        out.data_ptr(),
+        numbers,
+        x.dtype == torch.bfloat16,
+        isa,
+        _threads(num_threads),
+    )
+    return out
+
+
+def soft_pool_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    memory_format: torch.memory_format,
+    *,
+    detached: bool,
+    isa: str = "auto",
+    num_threads: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Kernel form of `pool_reference.soft_pool_backward`; dtypes and formats as in `soft_pool`."""
+    grad = grad.contiguous(memory_format=memory_format)
+    x = x.contiguous(memory_format=memory_format)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, memory_format=memory_format)
+    is_rows = memory_format != torch.contiguous_format
+    numbers = _pool_numbers(x, grad.shape[2:], kernel_size, stride, padding, dilation, is_rows)
+    _kernels.soft_pool_backward(
+        grad.data_ptr(),
+        x.data_ptr(),
+        out.data_ptr(),
+        numbers,
+        detached,
+        x.dtype == torch.bfloat16,
+        isa,
+        _threads(num_threads),
+    )
+    return out
+
+
 def sampled_block(
     x: Tensor,
     shortcut: Tensor | None,

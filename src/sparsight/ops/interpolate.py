@@ -186,11 +186,19 @@ def interpolate(
             f"interpolate: eps is {eps}; None or a positive number is needed: None is exact, 1e-5 "
             "is the published formula."
         )
+    computed_in, mask, log_kernel = as_computed(features, mask, log_kernel)
+    filled = torch.ops.sparsight.interpolate(features.to(computed_in), mask, log_kernel, eps)
+    return filled.to(features.dtype)
+
+
+def as_computed(
+    features: Tensor, mask: Tensor, log_kernel: Tensor
+) -> tuple[torch.dtype, Tensor, Tensor]:
+    """Return the dtype in which features are filled, and mask and log_kernel as they are then."""
     # Half precision would lose the exponents: at least float32 inside, whatever autocast made.
     dtype = torch.promote_types(features.dtype, torch.float32)
-    soft = mask if mask.dtype == torch.bool else mask.to(dtype)
+    mask = mask if mask.dtype == torch.bool else mask.to(dtype)
     log_kernel = log_kernel.to(dtype)
-    if features.device.type == "cpu" and _has_kernel(features, soft, log_kernel):
-        return torch.ops.sparsight.interpolate(features, soft, log_kernel, eps)
-    filled = torch.ops.sparsight.interpolate(features.to(dtype), soft, log_kernel, eps)
-    return filled.to(features.dtype)
+    if features.device.type == "cpu" and _has_kernel(features, mask, log_kernel):
+        dtype = features.dtype
+    return dtype, mask, log_kernel

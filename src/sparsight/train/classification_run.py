@@ -63,7 +63,8 @@ def run_classification(
         resume: go on from the folder's last.ckpt.
 
     Returns:
-        What is also written to `recipe.out`/result.json: score, MACs, share, architecture.
+        What is also written to `recipe.out`/result.json: score, MACs, share, architecture. Empty
+        in all processes of a distributed run but the first, which alone does what follows training.
 
     Raises:
         ValueError: the flags contradict each other, or weights are of another architecture.
@@ -96,7 +97,8 @@ def run_classification(
         lr=lr,
         weight_decay=weight_decay,
     )
-    recipe.fit(task, resume=resume)
+    if not recipe.fit(task, resume=resume):
+        return {}
 
     network.cpu().eval()
     result: dict[str, Any] = {

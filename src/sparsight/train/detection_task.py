@@ -14,6 +14,7 @@ from sparsight.train.architecture import DetectorArchitecture
 from sparsight.train.average_precision import average_precision, to_coco
 from sparsight.train.data.boxes import DetectionBatch
 from sparsight.train.data.coco import Coco
+from sparsight.train.processes import is_distributed
 from sparsight.train.sampled_task import SampledTask, parameter_groups
 
 
@@ -78,7 +79,7 @@ class DetectionTask(SampledTask):
         losses: dict[str, Tensor] = self.model(
             images, [{"boxes": t["boxes"], "labels": t["labels"]} for t in targets]
         )
-        self.log_dict(losses, on_step=False, on_epoch=True, batch_size=len(images))
+        self.log_dict(losses, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
         return torch.stack(list(losses.values())).sum()
 
     def dense_macs(self, batch: DetectionBatch) -> int:
@@ -118,13 +119,11 @@ class DetectionTask(SampledTask):
         """Return COCO's average precision over the images seen, of all processes together."""
         seen, detections = self._seen, self._detections
         self._seen, self._detections = [], []
-        if dist.is_available() and dist.is_initialized():
+        if is_distributed():
             parts: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(parts, (seen, detections))
-            # A distributed sampler repeats images to fill the last round: each counts once.
-            by_image = {i: [d for d in ds if d["image_id"] == i] for s, ds in parts for i in s}
-            seen = list(by_image)
-            detections = [d for ds in by_image.values() for d in ds]
+            seen = [image_id for ids, _ in parts for image_id in ids]
+            detections = [detection for _, found in parts for detection in found]
         score = average_precision(self.val_data.ground_truth(seen), detections)
         values = {"val_ap": score.ap, "val_ap50": score.ap50, "val_ap75": score.ap75}
         return {name: value for name, value in values.items() if value is not None}

@@ -6,19 +6,28 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, Dataset
 
 from sparsight.train.annealing import TemperatureAnnealing
 from sparsight.train.checkpoint import AtomicCheckpointIO
-from sparsight.train.data.augment import EpochSampler, SeededView, Transform, mix_seed
+from sparsight.train.data.augment import (
+    EpochSampler,
+    SeededView,
+    Transform,
+    items_of_process,
+    mix_seed,
+)
+from sparsight.train.hardware import Hardware
+from sparsight.train.processes import MeanNormStatistics, is_distributed
 from sparsight.train.sampled_task import SampledTask
 
 _STATE_NAME = "last"
@@ -28,7 +37,7 @@ class StepSeed(L.Callback):
     """Seeds torch's generator before each training batch from (seed, step, micro-batch).
 
     So the noise of a step does not depend on what ran before it, and a resumed run repeats it
-    exactly.
+    exactly. Micro-batches are numbered over all processes: no two draw the same noise.
 
     Args:
         seed: of the run.
@@ -41,7 +50,8 @@ class StepSeed(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Seed the coming batch."""
-        torch.manual_seed(mix_seed(self.seed, trainer.global_step, batch_idx))
+        micro_batch = batch_idx * trainer.world_size + trainer.global_rank
+        torch.manual_seed(mix_seed(self.seed, trainer.global_step, micro_batch))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +66,8 @@ class Recipe:
         val_transform: deterministic transform of a pair.
         out: folder for `last.ckpt` (training state, after each validation) and `log/metrics.csv`.
         epochs: passes over `train_data`.
-        batch_size: images per step.
+        batch_size: images per process and micro-batch: an optimiser step takes `batch_size *
+            accumulate * hardware.num_processes`.
         seed: decides order, augmentation and sampling noise; initial weights are the caller's.
         num_workers: processes that read images; 0 reads in this one. Any number gives the same
             weights.
@@ -71,6 +82,7 @@ class Recipe:
         anneal_share: part of the run in which the samplers' temperature falls, in (0, 1].
         callbacks: further ones of Lightning's, run after the recipe's own; one that prunes filters
             after each epoch is such a one.
+        hardware: what the run computes on.
     """
 
     train_data: Dataset[Any]
@@ -91,26 +103,31 @@ class Recipe:
     shows_progress: bool = True
     anneal_share: float = 1.0
     callbacks: Sequence[L.Callback] = ()
+    hardware: Hardware = field(default_factory=Hardware)
 
-    def fit(self, task: SampledTask, *, resume: bool = False) -> None:
+    def fit(self, task: SampledTask, *, resume: bool = False) -> bool:
         """Train `task` in place, for what is left of `epochs`.
+
+        With several processes on a machine, this one starts the others, each with its own command
+        line, unless torchrun or a cluster did. Afterwards all of them hold the same weights and
+        none waits for another any more.
 
         Args:
             task: says what loss and metric are. Its weights are where training starts; replaced by
                 the stored ones when resuming.
             resume: continue from `out/last.ckpt`.
 
+        Returns:
+            Whether this process is to go on with the result: True in the first one of a run, False
+            in the others, which have nothing left to do.
+
         Raises:
             FileNotFoundError: `resume` without a stored state.
-            ValueError: the stored state is of another architecture, or there are fewer images than
-                `batch_size`.
+            ValueError: the stored state is of another architecture; there are fewer training images
+                than one step of all processes takes, or fewer validation images than processes; or
+                activations are to be recomputed in a model without residual blocks.
         """
-        num_images = len(self.train_data)  # type: ignore[arg-type]  # no __len__ in the base class
-        if num_images < self.batch_size:
-            raise ValueError(
-                f"Recipe.fit: {num_images} training images make no batch of {self.batch_size}; at "
-                "least one full batch is required; lower --batch-size."
-            )
+        self._check_num_images()
         task.model.to(memory_format=torch.channels_last)
         state = ModelCheckpoint(
             dirpath=self.out,
@@ -121,10 +138,9 @@ class Recipe:
         )
         # The logger deletes what it finds: a resumed run writes beside the interrupted one's log.
         num_logs = len(list(self.out.glob("log*"))) if resume else 0
-        with _quiet_lightning():
+        with _quiet_lightning(), self.hardware.saving_memory(task.model):
             trainer = L.Trainer(
-                accelerator="auto",
-                devices=1,
+                **self.hardware.trainer_arguments(),
                 precision=self.precision,
                 max_epochs=self.epochs,
                 accumulate_grad_batches=self.accumulate,
@@ -138,6 +154,7 @@ class Recipe:
                 callbacks=[
                     StepSeed(self.seed),
                     TemperatureAnnealing(share=self.anneal_share),
+                    MeanNormStatistics(),
                     *self.callbacks,
                     state,
                 ],
@@ -148,33 +165,82 @@ class Recipe:
             )
             trainer.fit(
                 task,
-                self._training_batches(),
-                self.validation_batches(),
+                datamodule=_Batches(self),
                 ckpt_path=str(self.out / f"{_STATE_NAME}.ckpt") if resume else None,
                 weights_only=True,
             )
+            if is_distributed():
+                # What follows is one process's work, and must not wait for the others: metrics of
+                # torchmetrics would.
+                trainer.strategy.barrier()
+                dist.destroy_process_group()
+        return trainer.is_global_zero
 
-    def _training_batches(self) -> DataLoader[Any]:
+    def _check_num_images(self) -> None:
+        num_processes = self.hardware.num_processes
+        num_images = len(self.train_data)  # type: ignore[arg-type]  # no __len__ in the base class
+        if num_images < self.batch_size * num_processes:
+            of = "" if num_processes == 1 else f" for each of {num_processes} processes"
+            raise ValueError(
+                f"Recipe.fit: {num_images} training images make no batch of {self.batch_size}{of}; "
+                "at least one full batch is required; lower --batch-size."
+            )
+        num_images = len(self.val_data)  # type: ignore[arg-type]  # no __len__ in the base class
+        if num_images < num_processes:
+            raise ValueError(
+                f"Recipe.fit: {num_images} validation images for {num_processes} processes; at "
+                "least one for each is required; lower --devices or --num-nodes."
+            )
+
+    def training_batches(self, *, rank: int = 0, num_processes: int = 1) -> DataLoader[Any]:
+        """Return the training batches of one process, in random order by epoch."""
         view = SeededView(self.train_data, self.train_transform, seed=self.seed)
         return DataLoader(
             view,
             batch_size=self.batch_size,
-            sampler=EpochSampler(len(view), seed=self.seed),
+            sampler=EpochSampler(
+                len(view),
+                seed=self.seed,
+                batch_size=self.batch_size,
+                rank=rank,
+                num_processes=num_processes,
+            ),
             num_workers=self.num_workers,
             collate_fn=self.collate_fn,
             drop_last=True,
             persistent_workers=self.num_workers > 0,
         )
 
-    def validation_batches(self) -> DataLoader[Any]:
-        """Return the validation images in batches, in order."""
+    def validation_batches(self, *, rank: int = 0, num_processes: int = 1) -> DataLoader[Any]:
+        """Return the validation images of one process in batches, in order; by default all."""
         view = SeededView(self.val_data, self.val_transform, seed=self.seed)
+        # Not DistributedSampler's share: that repeats images until all processes have equally many.
+        own = items_of_process(range(len(view)), self.batch_size, rank, num_processes)
         return DataLoader(
             view,
             batch_size=self.batch_size,
+            sampler=own,
             num_workers=self.num_workers,
             collate_fn=self.collate_fn,
         )
+
+
+class _Batches(L.LightningDataModule):
+    """Gives every process its batches, once it knows which one it is."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.recipe.training_batches(**self._process())
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.recipe.validation_batches(**self._process())
+
+    def _process(self) -> dict[str, int]:
+        assert self.trainer is not None
+        return {"rank": self.trainer.global_rank, "num_processes": self.trainer.world_size}
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -21,6 +23,7 @@ from sparsight.nn.budget import (
 )
 from sparsight.train.annealing import warmup_cosine
 from sparsight.train.architecture import AnyArchitecture
+from sparsight.train.processes import is_distributed, reduce_over_processes
 
 _NUM_MEASURED_BATCHES = 4
 
@@ -72,7 +75,8 @@ class SampledTask(L.LightningModule, ABC):
         self.warmup = warmup
         self._macs_per_image: dict[tuple[int, ...], int] = {}
         self._pending: list[SharePull] = []  # of the micro-batches since the last optimiser step
-        self._measured: list[float] = []
+        self._measured = [0, 0]  # MACs that some validation batches needed, and dense ones
+        self._measure_every = 1
         # What the objective saw lately; a buffer, so that a resumed run calibrates as the
         # uninterrupted one.
         self.register_buffer("recent_share", torch.ones(()))
@@ -105,11 +109,9 @@ class SampledTask(L.LightningModule, ABC):
         images: Tensor = batch[0]
         size = tuple(images.shape[1:])
         if size not in self._macs_per_image:
-            was_training = self.model.training
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(self.model):
                 zeros = torch.zeros(1, *size, device=images.device)
-                self._macs_per_image[size] = count_macs(self.model.eval(), zeros).dense
-            self.model.train(was_training)
+                self._macs_per_image[size] = count_macs(self.model, zeros).dense
         return self._macs_per_image[size] * len(images)
 
     def counted_macs(self, batch: Any) -> MacCount:
@@ -132,6 +134,7 @@ class SampledTask(L.LightningModule, ABC):
             "on_step": False,
             "on_epoch": True,
             "prog_bar": True,
+            "sync_dist": True,
             "batch_size": self.num_images(batch),
         }
         if self.objective is None:
@@ -152,34 +155,46 @@ class SampledTask(L.LightningModule, ABC):
         """Let price and levels follow the expected share, once per optimiser step."""
         if self.objective is None or not self._pending:
             return
-        pull = mean_pull(self._pending)
+        pull = self._mean_over_processes(mean_pull(self._pending))
         self._pending.clear()
-        self.recent_share.lerp_(torch.tensor(pull.share), 0.1)
+        self.recent_share.lerp_(self.recent_share.new_tensor(pull.share), 0.1)
         self.objective.update(sampler_levels(self.model), pull, progress=self.progress)
         if isinstance(self.objective, BudgetController):
             self.log("multiplier", self.objective.multiplier)
 
+    def _mean_over_processes(self, pull: SharePull) -> SharePull:
+        """What the gradients, which are means over processes by now, answer to."""
+        if not is_distributed():
+            return pull
+        values = torch.tensor([pull.share, pull.slope, pull.price_slope], device=self.device)
+        return SharePull(*reduce_over_processes(values, "mean").tolist())
+
+    def on_validation_epoch_start(self) -> None:
+        """Spread the batches on which MACs are counted over the set, in all processes alike."""
+        num_batches = torch.tensor(int(sum(self.trainer.num_val_batches)), device=self.device)
+        num_batches = int(reduce_over_processes(num_batches, "max"))
+        self._measure_every = max(1, num_batches // _NUM_MEASURED_BATCHES)
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Update the metric; on a few batches, spread over the set, also count MACs."""
         self.update_metric(batch)
-        num_batches = int(sum(self.trainer.num_val_batches))
-        if (
-            self.objective is not None
-            and batch_idx % max(1, num_batches // _NUM_MEASURED_BATCHES) == 0
-        ):
+        if self.objective is not None and batch_idx % self._measure_every == 0:
             counted = self.counted_macs(batch)
-            self._measured.append(counted.total / counted.dense)
+            self._measured[0] += counted.total
+            self._measured[1] += counted.dense
 
     def on_validation_epoch_end(self) -> None:
         """Log the metric; tell the controller what the expected share leaves out."""
         for name, value in self.compute_metric().items():
-            self.log(name, value, prog_bar=True)
-        if self.objective is not None and self._measured:
-            share = sum(self._measured) / len(self._measured)
-            self.log("val_share", share, prog_bar=True)
+            self.log(name, value, prog_bar=True, sync_dist=True)
+        if self.objective is not None:
+            measured = torch.tensor(self._measured, device=self.device)
+            total, dense = reduce_over_processes(measured, "sum").tolist()
+            share = total / dense
+            self.log("val_share", share, prog_bar=True, sync_dist=True)
             if not self.trainer.sanity_checking:
                 self.objective.calibrate(share, float(self.recent_share))
-        self._measured.clear()
+        self._measured = [0, 0]
 
     def configure_optimizers(self) -> Any:
         """Return AdamW with three groups and the schedule of the learning rate."""
@@ -211,6 +226,18 @@ class SampledTask(L.LightningModule, ABC):
                 "equal architectures are required; repeat the flags of the interrupted run, or "
                 "start anew with another --out."
             )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set `model` to eval mode for a `with` block, then every module back to its own mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:

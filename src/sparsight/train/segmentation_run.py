@@ -48,7 +48,8 @@ def train_segmentation(
         details: further entries of the result.
 
     Returns:
-        What is written to result.json: mIoU, IoU per class, MACs, share, architecture.
+        What is written to result.json: mIoU, IoU per class, MACs, share, architecture. Empty in
+        all processes of a distributed run but the first, which alone does what follows training.
 
     Raises:
         ValueError: a checkpoint of another architecture.
@@ -72,7 +73,8 @@ def train_segmentation(
         lr=lr,
         teacher=learnt_from,
     )
-    recipe.fit(task, resume=resume)
+    if not recipe.fit(task, resume=resume):
+        return {}
 
     network.cpu().eval()
     result: dict[str, Any] = {

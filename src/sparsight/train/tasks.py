@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from sparsight.train.architecture import Architecture
 from sparsight.train.distillation import distillation
+from sparsight.train.processes import reduce_over_processes
 from sparsight.train.sampled_task import SampledTask
 
 
@@ -69,13 +70,20 @@ class SegmentationTask(SampledTask):
         """Return the cross-entropy over the pixels that count, and the divergence of all."""
         images = self.inputs_of(batch)
         logits = self.model(images)["out"].float()
-        loss = F.cross_entropy(logits, batch[1], ignore_index=self.ignore_index)
+        loss = F.cross_entropy(
+            logits, batch[1], ignore_index=self.ignore_index, reduction="sum"
+        ) / self._mean_num_pixels(batch[1])
         if self._teacher is None:
             return loss
         teacher = self._teacher[0].to(images.device)
         with torch.no_grad():
             taught = teacher(images)["out"].float()
         return loss + self.teacher_weight * distillation(logits, taught)
+
+    def _mean_num_pixels(self, labels: Tensor) -> Tensor:
+        """Pixels that count, the mean over processes: then all weigh the same in their gradient."""
+        counted = (labels != self.ignore_index).sum().float()
+        return reduce_over_processes(counted, "mean").clamp(min=1.0)
 
     def update_metric(self, batch: tuple[Tensor, Tensor]) -> None:
         """Count pixels, at the size of the annotation."""

@@ -8,6 +8,7 @@ from sparsight.train.data.augment import (
     EpochSampler,
     SeededView,
     evaluation_transform,
+    items_of_process,
     mix_seed,
     normalise,
     normalised_picture,
@@ -103,6 +104,34 @@ def test_each_epoch_has_its_own_order_whatever_came_before():
     assert orders[0] == orders[2] != orders[1]
     assert sorted(orders[1]) == list(range(20)) == sorted(orders[0])
     assert len(sampler) == 20
+
+
+@pytest.mark.parametrize(("num_processes", "batch_size"), [(2, 3), (3, 2), (2, 1), (1, 4)])
+def test_processes_see_together_what_one_with_a_larger_batch_sees(num_processes, batch_size):
+    step = num_processes * batch_size
+    whole = EpochSampler(20, seed=3)
+    whole.set_epoch(5)
+    parts = []
+    for rank in range(num_processes):
+        sampler = EpochSampler(
+            20, seed=3, batch_size=batch_size, rank=rank, num_processes=num_processes
+        )
+        sampler.set_epoch(5)
+        parts.append(list(sampler))
+        assert len(sampler) == len(parts[-1]) == 20 // step * batch_size
+    steps = [
+        [key for part in parts for key in part[start : start + batch_size]]
+        for start in range(0, len(parts[0]), batch_size)
+    ]
+    expected = list(whole)
+    assert steps == [expected[start : start + step] for start in range(0, 20 - step + 1, step)]
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 6, 7, 8, 9])
+def test_every_item_falls_to_one_process(length):
+    shares = [items_of_process(range(length), 2, rank, 2) for rank in (0, 1)]
+    assert sorted(shares[0] + shares[1]) == list(range(length))
+    assert 0 <= len(shares[0]) - len(shares[1]) <= 2
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

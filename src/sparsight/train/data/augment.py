@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -145,16 +145,33 @@ def _plain(value: Any) -> Any:
 class EpochSampler(Sampler[tuple[int, int]]):
     """Yields `(epoch, index)` in an order that depends on (seed, epoch) only.
 
-    The training loop calls `set_epoch` before each epoch (Lightning does so by itself).
+    The training loop calls `set_epoch` before each epoch (Lightning does so by itself). Of several
+    processes each takes its part of every step: together they see, step by step and in the order
+    of their ranks, what a single one with as many times the batch size sees.
 
     Args:
         length: number of items.
         seed: decides the order together with the epoch.
+        batch_size: items that one process takes a step. Images that make no full step of all
+            processes are left out, in another epoch others.
+        rank: which of the processes this one is, from 0.
+        num_processes: that share the items.
     """
 
-    def __init__(self, length: int, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        length: int,
+        *,
+        seed: int = 0,
+        batch_size: int = 1,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
         self.length = length
         self.seed = seed
+        self.batch_size = batch_size
+        self.rank = rank
+        self.num_processes = num_processes
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -162,12 +179,34 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return self.length // (self.batch_size * self.num_processes) * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch, -1))
-        for index in torch.randperm(self.length, generator=generator).tolist():
+        order = torch.randperm(self.length, generator=generator).tolist()
+        own = items_of_process(order, self.batch_size, self.rank, self.num_processes)
+        for index in own[: len(self)]:
             yield self.epoch, index
+
+
+def items_of_process(
+    order: Sequence[int], batch_size: int, rank: int, num_processes: int
+) -> list[int]:
+    """Return what one of several processes takes of items that they go through together.
+
+    Args:
+        order: the items, in the order in which a single process would take them.
+        batch_size: items that one process takes at once.
+        rank: which of the processes, from 0.
+        num_processes: that share the items.
+
+    Returns:
+        Of every `num_processes * batch_size` items the rank-th `batch_size` ones, of a last,
+        smaller lot what is left of them: each item is taken once.
+    """
+    start, step = rank * batch_size, num_processes * batch_size
+    lots = (order[first : first + batch_size] for first in range(start, len(order), step))
+    return [item for lot in lots for item in lot]
 
 
 def mix_seed(*parts: int) -> int:

@@ -1,0 +1,80 @@
+"""A recipe that was killed in the middle of an epoch, and resumed, ends as one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparsight.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated")
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+RUNS = {
+    "classification/cifar10": ["--depth", "20"],
+    "detection/coco": ["--backbone", "resnet18"],
+}
+# Two epochs of two batches; the second batch of the second epoch never starts.
+KILLED = """
+import os, signal, sys
+from sparsight.cli import main
+from sparsight.train.recipe import StepSeed
+
+seed = StepSeed.on_train_batch_start
+
+def killed(self, trainer, *rest):
+    seed(self, trainer, *rest)
+    if trainer.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+StepSeed.on_train_batch_start = killed
+main(sys.argv[1:])
+"""
+
+
+def command(recipe, out):
+    path = str(RECIPES / f"{recipe}.py")
+    flags = ["--quick", "--progress-bar", "false", "--accelerator", "cpu"]
+    return ["train", path, *RUNS[recipe], *flags, "--sampling-weight", "0.1", "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folders of both runs after the kill; the processes run side by side."""
+    folders = {recipe: tmp_path_factory.mktemp("killed") for recipe in RUNS}
+    processes = {
+        recipe: subprocess.Popen(
+            [sys.executable, "-c", KILLED, *command(recipe, folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for recipe, folder in folders.items()
+    }
+    for process in processes.values():
+        printed, _ = process.communicate(timeout=900)
+        assert process.returncode == -signal.SIGKILL, printed[-4000:]
+    return folders
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_a_killed_run_resumes_to_the_same_bits(recipe, killed, tmp_path):
+    folder = killed[recipe]
+    assert not (folder / "weights.safetensors").exists()
+    stored = torch.load(folder / "last.ckpt", weights_only=True)
+    assert (stored["epoch"], stored["global_step"]) == (0, 2)
+
+    assert main(command(recipe, tmp_path)) == 0
+    assert main([*command(recipe, folder), "--resume"]) == 0
+    whole, resumed = (load_file(out / "weights.safetensors") for out in (tmp_path, folder))
+    assert set(resumed) == set(whole)
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value), name
+    for name, value in stored["state_dict"].items():
+        if name == "model.conv1.weight" or name.endswith("box_predictor.cls_score.weight"):
+            assert not torch.equal(whole[name.removeprefix("model.")], value), "nothing was learnt"
