@@ -166,8 +166,8 @@ def test_features_off_the_sites_are_never_read(make):
 def test_gradcheck_with_a_soft_mask(make):
     torch.manual_seed(0)
     interpolation = make().double()
-    features = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
-    mask = torch.rand(1, 1, 5, 4, dtype=torch.float64) * 0.4 + 0.05
+    features = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(1, 1, 4, 3, dtype=torch.float64) * 0.4 + 0.05
     mask[..., 2, 1] = 0.9
     mask.requires_grad_()
     parameters = [p.detach().clone().requires_grad_() for p in interpolation.parameters()]

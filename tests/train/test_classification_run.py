@@ -8,6 +8,7 @@ import torch
 
 from sparsight.cli import load_recipe
 from sparsight.measure import count_macs
+from sparsight.models import resnet_cifar
 from sparsight.nn import SampledBlock, ZeroFill
 from sparsight.train.checkpoint import load_checkpoint
 
@@ -21,23 +22,23 @@ CIFAR10, IMAGENET = (load_recipe(RECIPES / f"{name}.py") for name in ("cifar10",
 
 def test_a_quick_run_saves_a_network_that_meets_its_budget(tmp_path):
     torch.manual_seed(0)
-    result = CIFAR10(quick=True, depth=20, budget=0.7, out=str(tmp_path / "a"), progress_bar=False)
+    result = CIFAR10(quick=True, depth=8, budget=0.7, out=str(tmp_path / "a"), progress_bar=False)
     assert abs(result["settled_share"] - 0.7) < 0.01
     assert 0 <= result["top1"] <= result["top5"] <= 1
     assert json.loads((tmp_path / "a" / "result.json").read_text())["top1"] == result["top1"]
     network, architecture = load_checkpoint(tmp_path / "a" / "weights.safetensors")
-    assert (architecture.model, architecture.backbone) == ("resnet_cifar", "resnet20")
-    assert sum(isinstance(module, SampledBlock) for module in network.modules()) == 9
+    assert (architecture.model, architecture.backbone) == ("resnet_cifar", "resnet8")
+    assert sum(isinstance(module, SampledBlock) for module in network.modules()) == 3
     counted = count_macs(network.eval(), torch.randn(2, 3, 32, 32))
     assert counted.total < counted.dense
 
 
 def test_a_dense_run_starts_a_sampled_one_that_learns_from_it(tmp_path):
-    CIFAR10(quick=True, depth=20, out=str(tmp_path / "dense"), progress_bar=False)
+    CIFAR10(quick=True, depth=8, out=str(tmp_path / "dense"), progress_bar=False)
     weights = str(tmp_path / "dense" / "weights.safetensors")
     result = CIFAR10(
         quick=True,
-        depth=20,
+        depth=8,
         sampling_weight=0.1,
         interpolation=None,
         init=weights,
@@ -80,11 +81,18 @@ def test_flags_that_contradict_each_other_are_refused(tmp_path):
 
 def test_a_calibrated_network_is_saved_where_training_may_start(tmp_path):
     recipe = load_recipe(RECIPES / "calibrate_cifar10.py")
-    result = recipe(quick=True, budget=0.8, out=str(tmp_path / "a"), progress_bar=False)
+    torch.save(resnet_cifar(8).state_dict(), tmp_path / "w.pt")
+    result = recipe(
+        quick=True,
+        budget=0.8,
+        weights=str(tmp_path / "w.pt"),
+        out=str(tmp_path / "a"),
+        progress_bar=False,
+    )
     assert abs(result["calibration"]["share"] - 0.8) < 0.02
     trained = CIFAR10(
         quick=True,
-        depth=20,
+        depth=8,
         budget=0.8,
         window=3,
         init=str(tmp_path / "a" / "weights.safetensors"),
