@@ -374,18 +374,18 @@ def test_wide_offsets_change_no_bit_and_neither_does_a_second_call(draw, device,
 
 
 def test_offsets_beyond_int32_are_right(device, tmp_path):
-    """An image that lies 4 GiB after the first one: in a file without blocks, where on the CPU."""
-    count, far = 2**31 + 64, 2**31 + 16
+    """The third image lies 4 GiB after the first, two strides that fit; in a sparse file."""
+    count, far = 2**31 + 64, 2**30 + 16
     if device == "cpu":
         memory = torch.from_file(str(tmp_path / "map"), True, count, dtype=torch.float16)
     else:
         memory = torch.empty(count, dtype=torch.float16, device=device)
-    x = memory.as_strided((2, 1, 8), (far, 8, 1))
-    x.copy_(torch.arange(16.0).view(2, 1, 8))
+    x = memory.as_strided((3, 1, 8), (far, 8, 1))
+    x.copy_(torch.arange(24.0).view(3, 1, 8))
     for name in ("2 apart, over the end", "3 overlapping"):
         numbers = numbers_of(name, 1)
         size = reference.output_size((8,), *numbers)
-        check(x, torch.ones(2, 1, *size, device=device).half(), numbers, FORMATS[1][0], False)
+        check(x, torch.ones(3, 1, *size, device=device).half(), numbers, FORMATS[1][0], False)
 
 
 def test_the_operators_run_the_kernels(draw, device, monkeypatch):
