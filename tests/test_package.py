@@ -64,6 +64,8 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_run(name):
+    if name.startswith("sparsight.ops.triton."):
+        pytest.importorskip("triton", reason="triton is not installed: it comes with torch's CUDA")
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
