@@ -15,8 +15,8 @@ from sparsight.cli import main
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated")
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 RUNS = {
-    "classification/cifar10": ["--depth", "20"],
-    "detection/coco": ["--backbone", "resnet18"],
+    "classification/cifar10": ["--depth", "20", "--budget", "0.7"],
+    "detection/coco": ["--backbone", "resnet18", "--sampling-weight", "0.1"],
 }
 # Two epochs of two batches; the second batch of the second epoch never starts.
 KILLED = """
@@ -39,7 +39,7 @@ main(sys.argv[1:])
 def command(recipe, out):
     path = str(RECIPES / f"{recipe}.py")
     flags = ["--quick", "--progress-bar", "false", "--accelerator", "cpu"]
-    return ["train", path, *RUNS[recipe], *flags, "--sampling-weight", "0.1", "--out", str(out)]
+    return ["train", path, *RUNS[recipe], *flags, "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
