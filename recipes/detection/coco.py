@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sparsight.measure import count_published_macs
 from sparsight.models.faster_rcnn import load_torchvision_weights
-from sparsight.nn.budget import settle_on_budget
 from sparsight.train.architecture import DetectorArchitecture, build_dense, convert
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from sparsight.train.data import (
@@ -26,6 +25,7 @@ from sparsight.train.evaluate_detection import measured_backbone_share, score_de
 from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
+from sparsight.train.settling import settle
 
 
 def coco(
@@ -266,13 +266,7 @@ def coco(
     }
     if planned.settles:
         assert budget is not None
-        # 40 images or a quarter of few: enough for a mean over positions.
-        step = max(1, len(val_data) // (batch_size * 5))
-        batches = [images for images, _ in recipe.validation_batches()][::step]
-        shift, share = settle_on_budget(
-            network, lambda: measured_backbone_share(network, batches), budget
-        )
-        result |= {"settling_shift": shift, "settled_share": share}
+        result |= settle(network, recipe, budget, num_images=64, measure=measured_backbone_share)
     path = folder / "weights.safetensors"
     save_checkpoint(path, network, architecture)
     scored = score_detector(network, recipe.validation_batches(), data=val_data)

@@ -78,4 +78,5 @@ def test_a_baseline_is_a_run_like_any_other(tmp_path, method):
         assert stored.sampling is None and stored.size != SIZE
     else:
         assert stored.sampling.sampler == method
-        assert result["share"] <= 0.85
+        # Levels are settled on training images; a fixed pattern costs the same on all.
+        assert result.get("settled_share", result["share"]) <= 0.85

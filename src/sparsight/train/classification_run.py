@@ -8,19 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-from torch.utils.data import DataLoader, Subset
 
-from sparsight.nn.budget import settle_on_budget
 from sparsight.train.architecture import Architecture, build_dense
 from sparsight.train.checkpoint import save_checkpoint, write_atomically
 from sparsight.train.classification_task import ClassificationTask
-from sparsight.train.data.augment import SeededView
-from sparsight.train.evaluate import measured_share
 from sparsight.train.evaluate_classification import score_classification
 from sparsight.train.initial_weights import initial_network
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import Method, Sampling, ShareWeights, plan
+from sparsight.train.settling import settle
 
 _NUM_SETTLING_IMAGES = 512
 
@@ -110,13 +106,7 @@ def run_classification(
     }
     if planned.settles:
         assert budget is not None
-        # On training images: the validation images are for the score alone.
-        view = SeededView(recipe.train_data, recipe.val_transform)
-        indices = torch.linspace(0, len(view) - 1, min(_NUM_SETTLING_IMAGES, len(view))).int()
-        loader = DataLoader(Subset(view, indices.tolist()), batch_size=recipe.batch_size)
-        batches = [images for images, _ in loader]
-        shift, share = settle_on_budget(network, lambda: measured_share(network, batches), budget)
-        result |= {"settling_shift": shift, "settled_share": share}
+        result |= settle(network, recipe, budget, num_images=_NUM_SETTLING_IMAGES)
     path = recipe.out / "weights.safetensors"
     dataset = getattr(recipe.val_data, "name", None)  # what is drawn has none
     save_checkpoint(path, network, architecture, dataset=dataset)

@@ -8,15 +8,15 @@ from typing import Any
 
 import lightning as L
 
-from sparsight.nn.budget import settle_on_budget
 from sparsight.train.architecture import Architecture, build_dense, convert
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
-from sparsight.train.evaluate import measured_share, score
+from sparsight.train.evaluate import score
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import Plan
+from sparsight.train.settling import settle
 from sparsight.train.tasks import SegmentationTask
 
-_SETTLING_STRIDE = 4  # every fourth validation batch finds the level that meets the budget
+_NUM_SETTLING_IMAGES = 64
 
 
 def train_segmentation(
@@ -86,10 +86,7 @@ def train_segmentation(
     }
     if planned.settles:
         assert budget is not None
-        batches = [images for images, _ in recipe.validation_batches()]
-        batches = batches[:: 1 if recipe.max_batches else _SETTLING_STRIDE]
-        shift, share = settle_on_budget(network, lambda: measured_share(network, batches), budget)
-        result |= {"settling_shift": shift, "settled_share": share}
+        result |= settle(network, recipe, budget, num_images=_NUM_SETTLING_IMAGES)
     weights = recipe.out / "weights.safetensors"
     save_checkpoint(weights, network, architecture, dataset=getattr(data, "name", None))
     scored = score(
