@@ -110,6 +110,18 @@ def test_masks_are_drawn(trained, data, tmp_path):
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["overview.png"]
 
 
+def test_results_that_cannot_be_written_are_one_line(trained, data, tmp_path, capsys):
+    flags = [str(trained / "weights.safetensors"), "--data", str(data)]
+    assert main(["evaluate", *flags, "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "is a folder; a file is required; pass --out" in printed.err
+    assert "seed 0" not in printed.out  # nothing was scored in vain
+    (tmp_path / "file").write_text("")
+    assert main(["masks", *flags, "--images", "[0]", "--out", str(tmp_path / "file")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("sparsight: error: ") and "file" in error and "Traceback" not in error
+
+
 def test_an_image_that_is_not_there_is_named(trained, data, tmp_path, capsys):
     arguments = [str(trained / "weights.safetensors"), "--data", str(data), "--images", "[7]"]
     assert main(["masks", *arguments, "--out", str(tmp_path)]) == 1
