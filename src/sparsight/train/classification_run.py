@@ -16,6 +16,7 @@ from sparsight.train.architecture import Architecture, build_dense
 from sparsight.train.checkpoint import save_checkpoint, write_atomically
 from sparsight.train.classification_task import ClassificationTask
 from sparsight.train.data.augment import SeededView
+from sparsight.train.distillation import Distillation
 from sparsight.train.evaluate import measured_share
 from sparsight.train.evaluate_classification import score_classification
 from sparsight.train.initial_weights import initial_network
@@ -36,9 +37,7 @@ def run_classification(
     sampling_weight: float | None,
     weights: ShareWeights,
     init: str | None,
-    teacher: str | None,
-    teacher_weight: float,
-    teacher_temperature: float,
+    distillation: Distillation,
     lr: float,
     weight_decay: float,
     resume: bool,
@@ -55,9 +54,7 @@ def run_classification(
         sampling_weight: fixed price instead.
         weights: what the fixed price is charged on.
         init: weights to start from, see `initial_network`.
-        teacher: weights of a dense network to learn from; None for the labels alone.
-        teacher_weight: see `ClassificationTask`.
-        teacher_temperature: see `ClassificationTask`.
+        distillation: whom the network learns from beside the labels, and how.
         lr: peak learning rate.
         weight_decay: of weights of convolutions.
         resume: go on from the folder's last.ckpt.
@@ -91,9 +88,7 @@ def run_classification(
         network,
         architecture,
         objective=planned.objective,
-        teacher=None if teacher is None else initial_network(dense, teacher),
-        teacher_weight=teacher_weight,
-        teacher_temperature=teacher_temperature,
+        distiller=distillation.distiller(network, dense),
         lr=lr,
         weight_decay=weight_decay,
     )

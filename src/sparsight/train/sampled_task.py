@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from sparsight.compress import Distiller
 from sparsight.measure import MacCount, count_macs
 from sparsight.nn import ReLUGate, Sampler, record_sampling
 from sparsight.nn.budget import (
@@ -40,6 +41,7 @@ class SampledTask(L.LightningModule, ABC):
         architecture: what `model` is; saved with the training state and checked when it is resumed.
         objective: price of computing; None for a dense model. It is charged the expected share of
             the dense MACs of the whole model.
+        distiller: whom the model learns from beside the annotations, and how; None for those alone.
         lr: peak learning rate of AdamW; linear warm-up, then a half cosine to 0.
         scalar_lr_factor: learning rate of the samplers' biases and the interpolations' widths over
             that of the rest. They are single numbers with far to go in short runs: a logit from 3
@@ -60,6 +62,7 @@ class SampledTask(L.LightningModule, ABC):
         architecture: AnyArchitecture,
         *,
         objective: BudgetController | SamplingPrice | None = None,
+        distiller: Distiller | None = None,
         lr: float = 1e-3,
         scalar_lr_factor: float = 10.0,
         weight_decay: float = 1e-2,
@@ -68,6 +71,7 @@ class SampledTask(L.LightningModule, ABC):
         super().__init__()
         self.model = model
         self.objective = objective
+        self.distiller = distiller
         self.architecture = architecture
         self.lr = lr
         self.scalar_lr_factor = scalar_lr_factor
