@@ -145,8 +145,8 @@ def _check_numbers(temperature: float, alpha: float) -> None:
         )
     if not 0 <= alpha <= 1:
         raise ValueError(
-            f"distillation_loss: alpha={alpha}; the share of the soft term, in [0, 1], is required; "
-            "1 is the teacher alone, 0 the labels alone."
+            f"distillation_loss: alpha={alpha}; the share of the soft term, in [0, 1], is "
+            "required; 1 is the teacher alone, 0 the labels alone."
         )
 
 
@@ -160,8 +160,8 @@ def _check_labels(student: Tensor, labels: Tensor, ignore_index: int) -> None:
     if tuple(labels.shape) != required:
         raise ValueError(
             f"distillation_loss: labels has shape {tuple(labels.shape)}, student_logits "
-            f"{tuple(student.shape)}; labels of shape {required} are required; resize the logits to "
-            "the labels with F.interpolate(..., mode='bilinear', align_corners=False)."
+            f"{tuple(student.shape)}; labels of shape {required} are required; resize the logits "
+            "to the labels with F.interpolate(..., mode='bilinear', align_corners=False)."
         )
     if labels.device != student.device:
         raise ValueError(
