@@ -44,10 +44,11 @@ class ClassificationTask(SampledTask):
     def task_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the cross-entropy; with a distiller, its loss."""
         images = self.inputs_of(batch)
-        logits = self.model(images).float()
+        with self.recording() as features:
+            logits = self.model(images).float()
         if self.distiller is None:
             return F.cross_entropy(logits, batch[1])
-        return self.distiller.loss(images, logits, batch[1])
+        return self.distiller.loss(images, logits, batch[1], features=features)
 
     def update_metric(self, batch: tuple[Tensor, Tensor]) -> None:
         """Count images whose class is the likeliest, or among the five likeliest."""

@@ -200,14 +200,31 @@ class SampledTask(L.LightningModule, ABC):
                 self.objective.calibrate(share, float(self.recent_share))
         self._measured = [0, 0]
 
-    def configure_optimizers(self) -> Any:
-        """Return AdamW with three groups and the schedule of the learning rate."""
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, Tensor]]:
+        """Record what the distiller, if there is one, compares of the model's layers."""
+        if self.distiller is None:
+            yield {}
+            return
+        with self.distiller.recording() as features:
+            yield features
+
+    def trained_groups(self) -> list[dict[str, Any]]:
+        """Return the parameters for the optimiser: the model's, and those of hints."""
         groups = parameter_groups(
             self.model,
             lr=self.lr,
             scalar_lr_factor=self.scalar_lr_factor,
             weight_decay=self.weight_decay,
         )
+        adapters = [] if self.distiller is None else list(self.distiller.parameters())
+        if adapters:
+            groups.append({"params": adapters, "weight_decay": 0.0})
+        return groups
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW with its groups and the schedule of the learning rate."""
+        groups = self.trained_groups()
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
         total = int(self.trainer.estimated_stepping_batches)
         warmup_steps = int(self.warmup * total)

@@ -62,13 +62,14 @@ class SegmentationTask(SampledTask):
         The teacher's part is over all pixels: it has something to say about the void ones too.
         """
         images = self.inputs_of(batch)
-        logits = self.model(images)["out"].float()
+        with self.recording() as features:
+            logits = self.model(images)["out"].float()
         loss = F.cross_entropy(
             logits, batch[1], ignore_index=self.ignore_index, reduction="sum"
         ) / self._mean_num_pixels(batch[1])
         if self.distiller is None:
             return loss
-        return self.distiller.loss(images, logits, hard_loss=loss)
+        return self.distiller.loss(images, logits, features=features, hard_loss=loss)
 
     def _mean_num_pixels(self, labels: Tensor) -> Tensor:
         """Pixels that count, the mean over processes: then all weigh the same in their gradient."""
