@@ -11,6 +11,7 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -281,10 +282,10 @@ def _keys(images: Tensor, names: Sequence[str]) -> list[str]:
     return keys
 
 
-def _bytes(value: Tensor) -> memoryview:
-    """The elements in logical order, whatever the memory format."""
+def _bytes(value: Tensor) -> Any:
+    """The elements in logical order, whatever the memory format; what hashlib takes."""
     flat = value.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy()
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["distillation_loss"]
 
-# Elements of the logits that are worked on at once: some 16 MiB a temporary in float32.
-_CHUNK_ELEMENTS = 1 << 22
+# Elements of the logits that are worked on at once: ten temporaries of 2 MiB in float32.
+_CHUNK_ELEMENTS = 1 << 19
 
 
 def distillation_loss(
@@ -65,7 +65,7 @@ def distillation_loss(
             CPU, a label that is neither a class nor `ignore_index`.
 
     Cost: one copy of the student's logits for the gradient, made while the loss is computed; what
-    else is needed is held for a few million logits at a time. Computed in float32 at least, also
+    else is needed is held for half a million logits at a time. Computed in float32 at least, also
     under autocast.
 
     Gradient: `alpha * T * (q - p) / N` for the soft term, p and q being the teacher's and the

@@ -191,7 +191,7 @@ def _common_size(v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Both maps (B, C, H, W) averaged down to the smaller of their sizes along each axis."""
     if v.shape[2:] == u.shape[2:]:
         return v, u
-    size = [min(a, b) for a, b in zip(v.shape[2:], u.shape[2:], strict=True)]
+    size = min(v.shape[2], u.shape[2]), min(v.shape[3], u.shape[3])
     return F.adaptive_avg_pool2d(v, size), F.adaptive_avg_pool2d(u, size)
 
 
