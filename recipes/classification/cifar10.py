@@ -13,7 +13,7 @@ from sparsight.train.data import (
     cifar10_evaluation_transform,
     cifar10_training_transform,
 )
-from sparsight.train.hardware import Hardware
+from sparsight.train.distillation import shared_flags
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling
 
@@ -32,9 +32,6 @@ def cifar10(
     sampling_weight: float | None = None,
     weights: Literal["macs", "published", "uniform"] = "macs",
     init: str | None = None,
-    teacher: str | None = None,
-    teacher_weight: float = 1.0,
-    teacher_temperature: float = 4.0,
     layout: Layout = "a",
     noise: Noise = "blue",
     grid_stride: int | None = None,
@@ -50,7 +47,7 @@ def cifar10(
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     progress_bar: bool = True,
     quick: bool = False,
-    **hardware: Any,
+    **shared: Any,
 ) -> dict[str, Any]:
     """Train a ResNet on CIFAR-10, or fine-tune a trained one to compute less, and score it.
 
@@ -85,10 +82,6 @@ def cifar10(
         sampling_weight: fixed weight of the expected share instead of a budget, as published.
         weights: what the fixed weight is charged on: "macs", "published" or "uniform".
         init: weights to start from: a checkpoint of sparsight, or a state_dict saved with torch.
-        teacher: weights of a dense network of the same depth to learn from; usually those of
-            `init`. None for the labels alone.
-        teacher_weight: of the divergence from the teacher, beside the cross-entropy's 1.
-        teacher_temperature: of that divergence.
         layout: masks per residual block: "a" one, "b" or "c" one per convolution.
         noise: sampling noise: "white" (the paper), "blue", "none".
         grid_stride: spacing of the pixels that are always computed; None for no grid.
@@ -106,7 +99,7 @@ def cifar10(
         progress_bar: draw it.
         quick: two epochs of two batches; on drawn stripes where no data is given. Proves that the
             recipe runs.
-        **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
+        **shared: flags of `sparsight.train.shared_flags`: teacher, processes, machines, memory.
 
     Returns:
         What is also written to result.json: top-1, top-5, MACs, share. Empty in all
@@ -117,6 +110,7 @@ def cifar10(
             weights of another architecture.
         FileNotFoundError: data or weights missing; says where to obtain them.
     """
+    distillation, hardware = shared_flags(**shared)
     if data is None and not quick:
         raise ValueError(
             "cifar10: no data folder was given; a folder with cifar-10-batches-bin/ or one *.npz "
@@ -158,7 +152,7 @@ def cifar10(
         max_batches=2 if quick else None,
         shows_progress=progress_bar,
         anneal_share=anneal_share,
-        hardware=Hardware(**hardware),
+        hardware=hardware,
     )
     return run_classification(
         recipe,
@@ -178,9 +172,7 @@ def cifar10(
         sampling_weight=sampling_weight,
         weights=weights,
         init=init,
-        teacher=teacher,
-        teacher_weight=teacher_weight,
-        teacher_temperature=teacher_temperature,
+        distillation=distillation,
         lr=lr,
         weight_decay=weight_decay,
         resume=resume,

@@ -21,8 +21,8 @@ from sparsight.train.data import (
     write_synthetic_coco,
 )
 from sparsight.train.detection_task import DetectionTask
+from sparsight.train.distillation import shared_flags
 from sparsight.train.evaluate_detection import measured_backbone_share, score_detector
-from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
 from sparsight.train.settling import settle
@@ -71,7 +71,7 @@ def coco(
     overfit_images: int | None = None,
     progress_bar: bool = True,
     quick: bool = False,
-    **hardware: Any,
+    **shared: Any,
 ) -> dict[str, Any]:
     """Train Faster R-CNN with a feature pyramid on COCO and score it on the validation images.
 
@@ -145,7 +145,7 @@ def coco(
         progress_bar: draw it.
         quick: two epochs of two batches, a narrow pyramid and head, small images; on drawn scenes
             where no data is given. Proves that the recipe runs.
-        **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
+        **shared: flags of `sparsight.train.shared_flags`: teacher, processes, machines, memory.
 
     Returns:
         What is also written to result.json: COCO's metrics, MACs, share. Empty in all processes of
@@ -156,6 +156,7 @@ def coco(
             and `init` at once, or a checkpoint of another architecture.
         FileNotFoundError: data folders, weights or checkpoint missing.
     """
+    distillation, hardware = shared_flags(**shared)
     if pretrained is not None and init is not None:
         raise ValueError(
             f"coco: pretrained={pretrained!r} and init={init!r} were both given; at most one is "
@@ -229,6 +230,7 @@ def coco(
         val_data=val_data,
         optimizer=optimizer,
         objective=planned.objective,
+        distiller=distillation.distiller(network, dense_architecture),
         lr=lr,
         scalar_lr_factor=scalar_lr_factor,
     )
@@ -249,7 +251,7 @@ def coco(
         gradient_clip=gradient_clip,
         collate_fn=collate_detection,
         anneal_share=anneal_share,
-        hardware=Hardware(**hardware),
+        hardware=hardware,
         shows_progress=progress_bar,
     )
     if not recipe.fit(task, resume=resume):

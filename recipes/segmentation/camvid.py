@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from sparsight.train.architecture import Architecture, build_dense
 from sparsight.train.data import CamVid, SyntheticScenes, evaluation_transform, training_transform
-from sparsight.train.hardware import Hardware
+from sparsight.train.distillation import shared_flags
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
 from sparsight.train.segmentation_run import train_segmentation
@@ -32,7 +32,6 @@ def camvid(
     sampling_weight: float | None = None,
     weights: Literal["macs", "published", "uniform"] = "macs",
     init: str | None = None,
-    teacher: str | None = None,
     layout: Layout = "b",
     noise: Noise = "white",
     grid_stride: int | None = 11,
@@ -47,7 +46,7 @@ def camvid(
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     progress_bar: bool = True,
     quick: bool = False,
-    **hardware: Any,
+    **shared: Any,
 ) -> dict[str, Any]:
     """Train a segmentation model on CamVid and score it on the validation images.
 
@@ -88,8 +87,6 @@ def camvid(
         weights: what `sampling_weight` is charged on: share of MACs, the published mean of
             probabilities, or the plain mean over the masks.
         init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model.
-        teacher: checkpoint of a dense model that is learnt from beside the annotations; usually
-            the one of `init`.
         layout: masks per residual block: "a", "b" (the paper's default) or "c".
         noise: sampling noise: "white" (the paper), "blue", "none".
         grid_stride: spacing of the pixels that are always computed; the paper's 11, its ablation's
@@ -107,7 +104,7 @@ def camvid(
         progress_bar: draw it.
         quick: two epochs of two batches; on drawn scenes where no data is given. Proves that the
             recipe runs.
-        **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
+        **shared: flags of `sparsight.train.shared_flags`: teacher, processes, machines, memory.
 
     Returns:
         What is also written to result.json: mIoU, IoU per class, MACs, share. Empty in all
@@ -118,6 +115,7 @@ def camvid(
             checkpoint of another architecture.
         FileNotFoundError: data folders or checkpoint missing.
     """
+    distillation, hardware = shared_flags(**shared)
     if data is None and not quick:
         raise ValueError(
             "camvid: no data folder was given; a folder with train/, trainannot/, val/ and "
@@ -178,7 +176,7 @@ def camvid(
         max_batches=2 if quick else None,
         shows_progress=progress_bar,
         anneal_share=anneal_share,
-        hardware=Hardware(**hardware),
+        hardware=hardware,
     )
     return train_segmentation(
         recipe,
@@ -188,7 +186,7 @@ def camvid(
         budget=budget,
         lr=lr,
         init=init,
-        teacher=teacher,
+        distillation=distillation,
         resume=resume,
         details={"method": method},
     )

@@ -12,7 +12,7 @@ from sparsight.train.data import (
     evaluation_transform,
     training_transform,
 )
-from sparsight.train.hardware import Hardware
+from sparsight.train.distillation import shared_flags
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
 from sparsight.train.segmentation_run import train_segmentation
@@ -38,7 +38,6 @@ def cityscapes(
     sampling_weight: float | None = None,
     weights: Literal["macs", "published", "uniform"] = "macs",
     init: str | None = None,
-    teacher: str | None = None,
     layout: Layout = "b",
     noise: Noise = "white",
     grid_stride: int | None = 11,
@@ -53,7 +52,7 @@ def cityscapes(
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     progress_bar: bool = True,
     quick: bool = False,
-    **hardware: Any,
+    **shared: Any,
 ) -> dict[str, Any]:
     """Train a segmentation model on Cityscapes and score it on the validation images.
 
@@ -93,8 +92,6 @@ def cityscapes(
         weights: what `sampling_weight` is charged on: share of MACs, the published mean of
             probabilities, or the plain mean over the masks.
         init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model.
-        teacher: checkpoint of a dense model that is learnt from beside the annotations; usually
-            the one of `init`.
         layout: masks per residual block: "a", "b" (the paper's default) or "c".
         noise: sampling noise: "white" (the paper), "blue", "none".
         grid_stride: spacing of the pixels that are always computed; the paper's 11, its ablation's
@@ -112,7 +109,7 @@ def cityscapes(
         progress_bar: draw it.
         quick: two epochs of two batches; on drawn scenes where no data is given. Proves that the
             recipe runs.
-        **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
+        **shared: flags of `sparsight.train.shared_flags`: teacher, processes, machines, memory.
 
     Returns:
         What is also written to result.json: mIoU, IoU per class, MACs, share. Empty in all
@@ -123,6 +120,7 @@ def cityscapes(
             checkpoint of another architecture.
         FileNotFoundError: data folders or checkpoint missing.
     """
+    distillation, hardware = shared_flags(**shared)
     if data is None and not quick:
         raise ValueError(
             "cityscapes: no data folder was given; a folder with leftImg8bit/ and gtFine/ is "
@@ -190,7 +188,7 @@ def cityscapes(
         max_batches=2 if quick else None,
         shows_progress=progress_bar,
         anneal_share=anneal_share,
-        hardware=Hardware(**hardware),
+        hardware=hardware,
     )
     return train_segmentation(
         recipe,
@@ -200,7 +198,7 @@ def cityscapes(
         budget=budget,
         lr=lr,
         init=init,
-        teacher=teacher,
+        distillation=distillation,
         resume=resume,
         details={"method": method},
     )

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsight.compress import Distiller, distillation_loss
 from sparsight.measure import count_macs
 from sparsight.nn import Sampler, record_sampling
 from sparsight.nn.budget import BudgetController, SamplingPrice
@@ -167,3 +168,18 @@ def test_mixed_precision_trains():
     assert logged.isfinite().all()
     assert model.backbone.conv1.weight.dtype == torch.float32
     assert not torch.equal(model.backbone.conv1.weight, before)
+
+
+def test_with_a_distiller_the_labelled_pixels_and_the_teacher_count():
+    """The cross-entropy is over labelled pixels, the divergence over all."""
+    torch.manual_seed(5)
+    model, teacher = build_dense(DENSE).eval(), build_dense(DENSE)
+    images, labels = batch()
+    labels[:, :40] = 255
+    distiller = Distiller(teacher, model, alpha=0.25, temperature=2.0)
+    task = SegmentationTask(model, DENSE, ignore_index=255, distiller=distiller)
+    loss = task.task_loss((images, labels))
+    student, taught = model(images)["out"], teacher.eval()(images)["out"]
+    hard = nn.functional.cross_entropy(student, labels, ignore_index=255)
+    soft = distillation_loss(student, taught, temperature=2.0)
+    torch.testing.assert_close(loss, 0.25 * soft + 0.75 * hard)

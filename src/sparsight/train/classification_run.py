@@ -12,6 +12,7 @@ import lightning as L
 from sparsight.train.architecture import Architecture, build_dense
 from sparsight.train.checkpoint import save_checkpoint, write_atomically
 from sparsight.train.classification_task import ClassificationTask
+from sparsight.train.distillation import Distillation
 from sparsight.train.evaluate_classification import score_classification
 from sparsight.train.initial_weights import initial_network
 from sparsight.train.recipe import Recipe
@@ -32,9 +33,7 @@ def run_classification(
     sampling_weight: float | None,
     weights: ShareWeights,
     init: str | None,
-    teacher: str | None,
-    teacher_weight: float,
-    teacher_temperature: float,
+    distillation: Distillation,
     lr: float,
     weight_decay: float,
     resume: bool,
@@ -51,9 +50,7 @@ def run_classification(
         sampling_weight: fixed price instead.
         weights: what the fixed price is charged on.
         init: weights to start from, see `initial_network`.
-        teacher: weights of a dense network to learn from; None for the labels alone.
-        teacher_weight: see `ClassificationTask`.
-        teacher_temperature: see `ClassificationTask`.
+        distillation: whom the network learns from beside the labels, and how.
         lr: peak learning rate.
         weight_decay: of weights of convolutions.
         resume: go on from the folder's last.ckpt.
@@ -87,9 +84,7 @@ def run_classification(
         network,
         architecture,
         objective=planned.objective,
-        teacher=None if teacher is None else initial_network(dense, teacher),
-        teacher_weight=teacher_weight,
-        teacher_temperature=teacher_temperature,
+        distiller=distillation.distiller(network, dense),
         lr=lr,
         weight_decay=weight_decay,
     )

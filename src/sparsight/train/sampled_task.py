@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from sparsight.compress import Distiller
 from sparsight.measure import MacCount, count_macs
 from sparsight.nn import ReLUGate, Sampler, record_sampling
 from sparsight.nn.budget import (
@@ -45,6 +46,7 @@ class SampledTask(L.LightningModule, ABC):
         architecture: what `model` is; saved with the training state and checked when it is resumed.
         objective: price of computing; None for a dense model. It is charged the expected share of
             the dense MACs of the whole model.
+        distiller: whom the model learns from beside the annotations, and how; None for those alone.
         lr: peak learning rate of AdamW; linear warm-up, then a half cosine to 0.
         scalar_lr_factor: learning rate of the samplers' biases and the interpolations' widths over
             that of the rest. They are single numbers with far to go in short runs: a logit from 3
@@ -70,6 +72,7 @@ class SampledTask(L.LightningModule, ABC):
         architecture: AnyArchitecture,
         *,
         objective: BudgetController | SamplingPrice | None = None,
+        distiller: Distiller | None = None,
         lr: float = 1e-3,
         scalar_lr_factor: float = 10.0,
         weight_decay: float = 1e-2,
@@ -78,6 +81,7 @@ class SampledTask(L.LightningModule, ABC):
         super().__init__()
         self.model = model
         self.objective = objective
+        self.distiller = distiller
         self.architecture = architecture
         self.lr = lr
         self.scalar_lr_factor = scalar_lr_factor
@@ -231,14 +235,31 @@ class SampledTask(L.LightningModule, ABC):
             self.log("val_share", total / dense, prog_bar=True, sync_dist=True)
         self._measured = [0, 0]
 
-    def configure_optimizers(self) -> Any:
-        """Return AdamW with three groups and the schedule of the learning rate."""
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, Tensor]]:
+        """Record what the distiller, if there is one, compares of the model's layers."""
+        if self.distiller is None:
+            yield {}
+            return
+        with self.distiller.recording() as features:
+            yield features
+
+    def trained_groups(self) -> list[dict[str, Any]]:
+        """Return the parameters for the optimiser: the model's, and those of hints."""
         groups = parameter_groups(
             self.model,
             lr=self.lr,
             scalar_lr_factor=self.scalar_lr_factor,
             weight_decay=self.weight_decay,
         )
+        adapters = [] if self.distiller is None else list(self.distiller.parameters())
+        if adapters:
+            groups.append({"params": adapters, "weight_decay": 0.0})
+        return groups
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW with its groups and the schedule of the learning rate."""
+        groups = self.trained_groups()
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
         total = int(self.trainer.estimated_stepping_batches)
         warmup_steps = int(self.warmup * total)
