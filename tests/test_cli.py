@@ -224,6 +224,55 @@ def test_every_command_explains_its_flags(command, capsys):
     assert f"sparsight {command}" in capsys.readouterr().out
 
 
+SAMPLING_FLAGS = {
+    "method": "sampled",
+    "budget": "null",
+    "sampling_weight": "null",
+    "weights": "macs",
+    "layout": "b",
+    "noise": "white",
+    "grid_stride": "11",
+    "interpolation": "rbf",
+    "eps": "null",
+    "straight_through": "False",
+    "anneal_share": "1.0",
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "own"),
+    [
+        ("segmentation/camvid", {}),
+        ("segmentation/cityscapes", {}),
+        ("detection/coco", {}),
+        ("classification/imagenet", {"window": "7"}),
+        (
+            "classification/cifar10",
+            {
+                "layout": "a",
+                "noise": "blue",
+                "grid_stride": "null",
+                "anneal_share": "0.6",
+                "window": "3",
+            },
+        ),
+    ],
+)
+def test_every_recipe_has_the_flags_of_sampling_with_its_own_defaults(recipe, own, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", str(ROOT / "recipes" / f"{recipe}.py"), "--help"])
+    _, options = re.split(r"\noptions:\n", capsys.readouterr().out)
+    found = {
+        match[1]: match[2]
+        for text in re.split(r"\n  (?=--)", options)
+        if (match := re.match(r"--(\w+)\b.*\bdefault:\s*([^)]+)\)", text, flags=re.DOTALL))
+    }
+    for name, default in (SAMPLING_FLAGS | own).items():
+        assert found[name] == default, name
+    assert ("window" in found) == ("window" in own)
+    assert {"teacher", "devices", "seed", "data"} <= set(found)  # other groups, and its own
+
+
 def test_help_runs_as_a_program():
     ran = subprocess.run(
         [sys.executable, "-m", "sparsight.cli", "--help"],

@@ -24,6 +24,7 @@ from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampled_task import SampledTask
 from sparsight.train.sampling import Plan, Sampling, apply_sampling, plan
+from sparsight.train.sampling_flags import SamplingFlags, sampling_flags
 from sparsight.train.tasks import SegmentationTask
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Recipe",
     "SampledTask",
     "Sampling",
+    "SamplingFlags",
     "SamplingPrice",
     "Score",
     "SegmentationTask",
@@ -52,6 +54,7 @@ __all__ = [
     "load_teacher",
     "plan",
     "published_temperature",
+    "sampling_flags",
     "save_checkpoint",
     "score",
     "score_classification",

@@ -16,7 +16,7 @@ from sparsight.train.distillation import Distillation
 from sparsight.train.evaluate_classification import score_classification
 from sparsight.train.initial_weights import initial_network
 from sparsight.train.recipe import Recipe
-from sparsight.train.sampling import Method, Sampling, ShareWeights, plan
+from sparsight.train.sampling_flags import SamplingFlags
 from sparsight.train.settling import settle
 
 _NUM_SETTLING_IMAGES = 512
@@ -27,11 +27,7 @@ def run_classification(
     *,
     name: str,
     dense: Architecture,
-    sampling: Sampling,
-    method: Method,
-    budget: float | None,
-    sampling_weight: float | None,
-    weights: ShareWeights,
+    flags: SamplingFlags,
     init: str | None,
     distillation: Distillation,
     lr: float,
@@ -44,11 +40,8 @@ def run_classification(
         recipe: data, transforms and length of the run.
         name: of the run, for the result.
         dense: architecture of the dense model at full size.
-        sampling: how it would be converted.
-        method: the paper's, or a baseline that keeps the size of the images; see `plan`.
-        budget: share of the dense MACs.
-        sampling_weight: fixed price instead.
-        weights: what the fixed price is charged on.
+        flags: what it is to compute, and at what price; of the methods one that keeps the size of
+            the images.
         init: weights to start from, see `initial_network`.
         distillation: whom the network learns from beside the labels, and how.
         lr: peak learning rate.
@@ -63,20 +56,12 @@ def run_classification(
         ValueError: the flags contradict each other, or weights are of another architecture.
         FileNotFoundError: a file of weights is missing.
     """
-    if method == "resized":
+    if flags.method == "resized":
         raise ValueError(
             f"{name}: method='resized'; the transforms of this recipe fix the size of the images; "
             "pass --size, with a dense model, instead."
         )
-    planned = plan(
-        method=method,
-        sampling=sampling,
-        size=dense.size,
-        budget=budget,
-        sampling_weight=sampling_weight,
-        weights=weights,
-        dense=lambda: build_dense(dense),
-    )
+    planned = flags.plan(size=dense.size, dense=lambda: build_dense(dense))
     architecture = dataclasses.replace(dense, sampling=planned.sampling)
     L.seed_everything(recipe.seed, verbose=False)
     network = initial_network(architecture, init)
@@ -96,12 +81,12 @@ def run_classification(
         "task": name,
         "seed": recipe.seed,
         "epochs": recipe.epochs,
-        "method": method,
-        "budget": budget,
+        "method": flags.method,
+        "budget": flags.budget,
     }
     if planned.settles:
-        assert budget is not None
-        result |= settle(network, recipe, budget, num_images=_NUM_SETTLING_IMAGES)
+        assert flags.budget is not None
+        result |= settle(network, recipe, flags.budget, num_images=_NUM_SETTLING_IMAGES)
     path = recipe.out / "weights.safetensors"
     dataset = getattr(recipe.val_data, "name", None)  # what is drawn has none
     save_checkpoint(path, network, architecture, dataset=dataset)

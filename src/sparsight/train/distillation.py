@@ -17,6 +17,7 @@ from sparsight.train.architecture import AnyArchitecture, DetectorArchitecture
 from sparsight.train.checkpoint import load_checkpoint
 from sparsight.train.hardware import Hardware
 from sparsight.train.initial_weights import initial_network
+from sparsight.train.sampling_flags import SamplingFlags, sampling_flags
 
 _PYRAMID = "fpn"
 _EXAMPLE_PX = 128  # sides of the image on which channels are read: enough for a stride of 32
@@ -146,8 +147,8 @@ def shared_flags(
     distill_feature_mode: HintMode = "fitnets",
     cache_teacher: str | None = None,
     cache_teacher_half: bool = False,
-    **hardware: Any,
-) -> tuple[Distillation, Hardware]:
+    **sampling: Any,
+) -> tuple[SamplingFlags, Distillation, Hardware]:
     """Return what the flags say that all recipes share.
 
     Args:
@@ -168,7 +169,8 @@ def shared_flags(
         cache_teacher: folder for the teacher's outputs; each is found by the pixels that the
             teacher was shown. With random augmentation it pays in the next run with the same seed.
         cache_teacher_half: store them in float16.
-        **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
+        **sampling: flags of `sparsight.train.sampling_flags`: sampling, processes, machines,
+            memory.
 
     Raises:
         ValueError: flags that contradict each other, see `Distillation` and `Hardware`; or pairs of
@@ -184,7 +186,8 @@ def shared_flags(
         cache=cache_teacher,
         cache_in_half=cache_teacher_half,
     )
-    return distillation, Hardware(**hardware)
+    flags, hardware = sampling_flags(**sampling)
+    return flags, distillation, hardware
 
 
 def _pairs(written: str | None) -> tuple[tuple[str, str], ...]:
