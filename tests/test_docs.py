@@ -14,6 +14,7 @@ from sparsight import cli
 from sparsight.measure import count_macs
 from sparsight.train.distillation import shared_flags
 from sparsight.train.hardware import Hardware
+from sparsight.train.sampling_flags import sampling_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, DISTIL = (
@@ -68,6 +69,7 @@ def flags_of(function) -> set[str]:
     found = set(inspect.signature(function).parameters)
     if "shared" in found:
         found |= set(inspect.signature(shared_flags).parameters)
+        found |= set(inspect.signature(sampling_flags).parameters)
         found |= {field.name for field in dataclasses.fields(Hardware)}
     return found
 
