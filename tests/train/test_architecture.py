@@ -110,6 +110,8 @@ def test_a_detector_resizes_to_the_size_it_is_told():
     assert images.image_sizes == [(32, 40)]
     segmenter = build_dense(SMALL)
     assert at_size(segmenter, SMALL, (64, 64)) == replace(SMALL, size=(64, 64))
+    with pytest.raises(ValueError, match=r"at_size: size=64x7; at least 8 pixels a side"):
+        at_size(segmenter, SMALL, (64, 7))
 
 
 @pytest.mark.parametrize(("first", "expected"), [(1, 8), (2, 6), (4, 2)])

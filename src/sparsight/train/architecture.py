@@ -159,6 +159,7 @@ class DetectorArchitecture:
 
 AnyArchitecture = Architecture | DetectorArchitecture
 _ADDED_LATER = {"is_deformable"}
+_LEAST_SIDE = 8  # of an input, in pixels: below, resizing and strides of 32 leave nothing to see
 
 
 def architecture_from_json(values: dict[str, Any]) -> AnyArchitecture:
@@ -265,9 +266,17 @@ def at_size(
         architecture: as it was trained.
         size: height and width in pixels; for a detector the shorter side, and the bound on the
             longer. None: as it was trained.
+
+    Raises:
+        ValueError: a side of less than 8 pixels.
     """
     if size is None:
         return architecture
+    if min(size) < _LEAST_SIDE:
+        raise ValueError(
+            f"at_size: size={size[0]}x{size[1]}; at least {_LEAST_SIDE} pixels a side are "
+            "required; pass --size HEIGHTxWIDTH, or leave it out for the size of training."
+        )
     if isinstance(architecture, DetectorArchitecture):
         detector: Any = model
         detector.transform.min_size, detector.transform.max_size = (size[0],), size[1]
