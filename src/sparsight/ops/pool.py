@@ -233,19 +233,18 @@ def _soft_pool(
             f"{tuple(size)}, but needs at least 1 along each axis; use a smaller kernel or a "
             "larger input."
         )
+    # Half precision overflows at an exponent of 11: at least float32 inside.
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))
     detached = gradient == "detached"
-    # Half precision overflows at an exponent of 11: at least float32 inside. Narrow maps go as they
-    # are where there is a kernel for them.
-    wide = images
-    if images.itemsize < 4 and not (
-        weights == "channel" and images.device.type == "cpu" and _has_kernel(images)
-    ):
-        wide = images.float()
     if weights == "shared":
         y = reference.shared_soft_pool(wide, kernel, step, pad, dilate, ceil_mode, detached)
         y = y.contiguous(memory_format=_memory_format(images))
     else:
-        y = torch.ops.sparsight.soft_pool(wide, kernel, step, pad, dilate, ceil_mode, detached)
+        # Narrow maps go as they are where there is a kernel for them.
+        is_narrow = images.device.type == "cpu" and _has_kernel(images)
+        y = torch.ops.sparsight.soft_pool(
+            images if is_narrow else wide, kernel, step, pad, dilate, ceil_mode, detached
+        )
     y = y.to(x.dtype)
     return y.squeeze(0) if x.ndim == rank + 1 else y
 
