@@ -232,6 +232,8 @@ def check_choice(caller: str, name: str, value: str, choices: object, default: s
 def _per_axis(
     caller: str, name: str, value: int | Sequence[int] | None, rank: int, minimum: int
 ) -> list[int]:
+    if type(value) is int and value >= minimum:
+        return [value] * rank
     given: list = list(value) if isinstance(value, tuple | list) else [value]
     numbers: list[int] = given * rank if len(given) == 1 else given
     if len(numbers) != rank or any(
