@@ -75,8 +75,8 @@ def distillation_loss(
     Example:
         >>> import torch
         >>> student, teacher = torch.zeros(1, 3), torch.tensor([[1.0, 2.0, 3.0]])
-        >>> print(f"{distillation_loss(student, teacher, temperature=4.0):.6f}")
-        0.328202
+        >>> print(f"{distillation_loss(student, teacher, temperature=4.0):.4f}")
+        0.3282
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv
     1503.02531, section 2.
