@@ -1,0 +1,16 @@
+"""Networks with fewer channels: which channels go together, which can go, and taking them out.
+
+Enters: an ordinary dense `nn.Module` and example inputs. Leaves: an ordinary dense module with
+fewer channels, ready for `sparsight.sparsify` and `sparsight.freeze`. May import: nn and below.
+Torch-Pruning, which finds the groups of channels, is imported when it is used: the extra
+`sparsight[compress]` brings it.
+"""
+
+from sparsight.compress.channel_groups import (
+    ChannelGroup,
+    Member,
+    find_channel_groups,
+    keep_channels,
+)
+
+__all__ = ["ChannelGroup", "Member", "find_channel_groups", "keep_channels"]

@@ -1,0 +1,667 @@
+"""Which channels of a network can only be removed together, found by running it once.
+
+A channel of a convolution is read by a norm, by the next convolutions, and is added to channels of
+other convolutions: whoever removes one removes it everywhere. The graph is read off autograd's by
+the Torch-Pruning library (MIT; Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023,
+arXiv 2301.12900). torch.fx, the alternative, follows Python symbolically and gives up at the loops
+and conditions on data that every detection model has; autograd sees what was executed, whatever
+Python did in between.
+
+What autograd does not show is checked by experiment, for a wrong group would only be noticed by a
+network that is quietly worse: marks are put on channels, and must arrive at the layers of the
+group, at the places that were computed, and nowhere else; and the model has to run without some
+channels of each group. A group that fails is kept, with the reason.
+
+This is the only module that imports Torch-Pruning.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsight.compress.narrow import is_channelwise, is_convolution, is_grouped, keep_indices
+from sparsight.nn.deform_conv import DeformableConv2d
+
+__all__ = ["ChannelGroup", "Member", "find_channel_groups", "keep_channels"]
+
+Side = Literal["out", "in", "norm"]
+_Element = tuple[Side, str, int]
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where the channels of a group are in one of its layers.
+
+    Attributes:
+        name: qualified name of the layer.
+        side: "out" its output channels, "in" its input channels, "norm" its one value per channel.
+        units: for every unit of the group, the indices of its channels in that layer; several for a
+            linear layer behind a flattened map, and where a grouped convolution makes blocks.
+        width: channels that the layer has there, those of other groups included (concatenations).
+    """
+
+    name: str
+    side: Side
+    units: tuple[tuple[int, ...], ...] = field(repr=False)
+    width: int
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can only be removed together, unit by unit.
+
+    A unit is one channel in each of the producers, in plain networks; with grouped convolutions,
+    and GroupNorm, in between it is a block, since they can only lose whole groups.
+
+    Attributes:
+        name: qualified name of the first producer, in the order of execution.
+        channels: units; each of them can be removed independently of the others.
+        producers: convolutions and linear layers whose output channels these are. More than one
+            where they are added, as in the residual stream, or read by one and the same layer.
+        consumers: convolutions and linear layers whose input channels these are.
+        norms: layers in between with one value per channel: norms and PReLU.
+        grouped: convolutions in between that keep the channels apart, depthwise ones and those of
+            several groups: neither producers nor consumers, they lose input, output and groups.
+        removable: whether units can be removed.
+        reason: why not; None if they can.
+        members: where the units are in each of these layers; a grouped convolution has two.
+    """
+
+    name: str
+    channels: int
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    norms: tuple[str, ...]
+    removable: bool
+    reason: str | None
+    grouped: tuple[str, ...] = ()
+    members: tuple[Member, ...] = field(default=(), repr=False)
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether several layers produce these channels, as those of a residual stream."""
+        return len(self.producers) > 1
+
+    def of(self, name: str, side: Side) -> Member:
+        """Return the member of this layer and side; KeyError if there is none."""
+        for member in self.members:
+            if (member.name, member.side) == (name, side):
+                return member
+        raise KeyError(f"ChannelGroup.of: {self.name!r} has no {side!r} of {name!r}.")
+
+
+def find_channel_groups(model: nn.Module, example: Any) -> list[ChannelGroup]:
+    """Return all groups of channels of a model, removable or not, in the order of execution.
+
+    Args:
+        model: any dense module in any mode, on any device; neither it nor its parameters, their
+            gradients and its buffers are changed: a copy is traced, in eval mode.
+        example: what the model is called with: a tuple holds positional arguments, a dict keyword
+            arguments, anything else is the only argument; a detector takes a list of images.
+            Small images will do; they have to be large enough for the model.
+
+    Returns:
+        Groups whose producers are disjoint: every convolution and linear layer that is called is in
+        one, except grouped ones behind others. Indices describe the model as it is now.
+
+    Raises:
+        ImportError: Torch-Pruning is not installed.
+        TypeError: the model is no module.
+        ValueError: nothing in it is called that has channels; it is sampled or compiled.
+
+    Cost: one forward pass with autograd's graph, one pass for each group, and two copies.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> [(group.name, group.channels, group.removable)
+        ...  for group in find_channel_groups(net, torch.zeros(1, 3, 8, 8))]
+        [('0', 8, True), ('2', 4, False)]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"find_channel_groups: model is a {type(model).__name__}; a torch.nn.Module is "
+            "required; pass the model itself."
+        )
+    _refuse(model)
+    traced = _copy(model).eval()
+    with torch.enable_grad(), torch.inference_mode(False):
+        graph = _trace(traced, example)
+    groups = _assemble(traced, graph)
+    with torch.no_grad():
+        groups = _check_marks(traced, example, groups)
+        return _check_removal(model, example, groups)
+
+
+def keep_channels(model: nn.Module, group: ChannelGroup, keep: Tensor) -> None:
+    """Remove the units of a group that are not to be kept from all its layers, in place.
+
+    Parameters become new, smaller ones that keep requires_grad, dtype, device and memory format;
+    their gradients are None. Optimisers have to be made afterwards.
+
+    Args:
+        model: the model that the group was found in; changed.
+        group: one of `find_channel_groups`; a removable one.
+        keep: (K) indices of the units to keep, integers in [0, group.channels), each once, in any
+            order: channels stay in theirs. All of them change nothing.
+
+    Raises:
+        TypeError: `keep` is no tensor of integers.
+        ValueError: the group is not removable, or was found before its layers were changed by
+            another; no index, an index twice, or one out of range.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> keep_channels(net, find_channel_groups(net, torch.zeros(1, 3, 8, 8))[0],
+        ...               torch.tensor([0, 5, 6]))
+        >>> net[0].weight.shape[0], net[2].weight.shape[1]
+        (3, 3)
+    """
+    keep_all_channels(model, [(group, keep)])
+
+
+def keep_all_channels(model: nn.Module, kept: Iterable[tuple[ChannelGroup, Tensor]]) -> None:
+    """Do the same as `keep_channels` for several groups found together.
+
+    One by one, groups that are read by one and the same layer, as concatenated ones are, would
+    have to be found again: their indices in that layer move.
+
+    Args:
+        model: the model that all groups were found in; changed.
+        kept: pairs of group and units to keep.
+
+    Raises:
+        TypeError: as `keep_channels`.
+        ValueError: as `keep_channels`, before anything is changed.
+    """
+    removed: dict[tuple[str, Side], set[int]] = {}
+    for group, keep in kept:
+        gone = _removed_units(group, keep)
+        for member in group.members:
+            _check_width(model, group, member)
+            channels = chain.from_iterable(member.units[unit] for unit in gone)
+            removed.setdefault((member.name, member.side), set()).update(channels)
+    for (name, side), gone in removed.items():
+        if not gone:
+            continue
+        module = model.get_submodule(name)
+        if side == "in" and is_grouped(module):
+            continue  # its "out" member takes both sides along
+        width = _width(module, side)
+        keep_indices(module, side, [i for i in range(width) if i not in gone])
+
+
+def _removed_units(group: ChannelGroup, keep: Tensor) -> list[int]:
+    at = f"keep_channels: group {group.name!r}"
+    if not isinstance(keep, Tensor) or keep.is_floating_point() or keep.dtype == torch.bool:
+        given = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+        raise TypeError(
+            f"{at}: keep is {given}; a tensor of integers, the units to keep, is required; pass "
+            "mask.nonzero().flatten() for a mask."
+        )
+    if not group.removable:
+        raise ValueError(
+            f"{at} cannot lose channels: {group.reason}; a removable group is required; leave it."
+        )
+    units = keep.flatten().tolist()
+    if not units or len(set(units)) < len(units) or not 0 <= min(units) <= max(units):
+        raise ValueError(
+            f"{at}: keep holds {len(units)} indices, {len(set(units))} of them different, the "
+            f"smallest {min(units, default=None)}; at least one, each once and none negative is "
+            "required; pass the units to keep."
+        )
+    if max(units) >= group.channels:
+        raise ValueError(
+            f"{at}: keep holds {max(units)}, but it has {group.channels} units; indices below that "
+            "are required; count units, not channels (`group.channels`)."
+        )
+    stays = set(units)
+    return [unit for unit in range(group.channels) if unit not in stays]
+
+
+def _check_width(model: nn.Module, group: ChannelGroup, member: Member) -> None:
+    width = _width(model.get_submodule(member.name), member.side)
+    if width != member.width:
+        raise ValueError(
+            f"keep_channels: {member.name!r} of group {group.name!r} has {width} channels "
+            f"({member.side}), but had {member.width} when the group was found; groups of the "
+            "model as it is are required; call find_channel_groups again."
+        )
+
+
+def _width(module: Any, side: Side) -> int:
+    if side == "norm":
+        for name in ("num_features", "num_channels", "num_parameters"):
+            if hasattr(module, name):
+                return getattr(module, name)
+        return next(chain(module.parameters(False), module.buffers(False))).numel()
+    if isinstance(module, nn.Linear):
+        return module.out_features if side == "out" else module.in_features
+    return module.out_channels if side == "out" else module.in_channels
+
+
+def _refuse(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        at = f"its submodule {name!r}" if name else "it"
+        if hasattr(module, "samplers_named"):
+            raise ValueError(
+                f"find_channel_groups: {at} is a {type(module).__name__}: the model is sampled, "
+                "but a dense one is required; prune it first, then sparsify the result."
+            )
+        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+            raise ValueError(
+                f"find_channel_groups: {at} is scripted or compiled, but Python modules are "
+                "required; prune the model first, then compile the result."
+            )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    # Gradients are not copied along, and a parameter that does not learn is traced as well.
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        learns = parameter.is_floating_point() or parameter.is_complex()
+        memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=learns)
+    return copy.deepcopy(model, memo)
+
+
+def _call(model: nn.Module, example: Any) -> Any:
+    if isinstance(example, tuple):
+        return model(*example)
+    return model(**example) if isinstance(example, dict) else model(example)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from chain.from_iterable(map(_tensors, value.values()))
+    elif isinstance(value, list | tuple):
+        yield from chain.from_iterable(map(_tensors, value))
+
+
+def _has_channels(module: nn.Module) -> bool:
+    return is_convolution(module) or isinstance(module, nn.Linear)
+
+
+@contextmanager
+def _hooked(
+    model: nn.Module, which: Callable[[nn.Module], bool], hook: Callable[[str], Callable[..., Any]]
+) -> Iterator[None]:
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if which(module)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class _Graph:
+    called: list[str]  # layers with channels, in the order of their first calls
+    joined: _Joined
+    troubles: dict[str, str]  # layer -> why its output channels cannot be removed
+
+
+class _Joined:
+    """Sets of elements that are removed together (union-find)."""
+
+    def __init__(self) -> None:
+        self.parents: dict[_Element, _Element] = {}
+
+    def find(self, element: _Element) -> _Element:
+        root = element
+        while (parent := self.parents.setdefault(root, root)) != root:
+            root = parent
+        while element != root:
+            self.parents[element], element = root, self.parents[element]
+        return root
+
+    def join(self, a: _Element, b: _Element) -> None:
+        self.parents[self.find(b)] = self.find(a)
+
+
+def _trace(model: nn.Module, example: Any) -> _Graph:
+    """Join what Torch-Pruning says belongs together; `model` is a copy that may be changed."""
+    pruning = _import_torch_pruning()
+    names = {module: name for name, module in model.named_modules()}
+    offsets = {
+        f"{name}.offset".removeprefix(".")
+        for name, module in model.named_modules()
+        if isinstance(module, DeformableConv2d)
+    }
+    called: dict[str, None] = {}
+    ends: list[Tensor] = []
+
+    def observe(name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            called.setdefault(name)
+            # An end of its own for every layer: what a detector detaches is in the graph as well.
+            if output.ndim == 2 or is_convolution(module):
+                ends.append(output * 1)
+            # Offsets are no channels of the deformable convolution that takes them.
+            return output.detach() if name in offsets else None
+
+        return hook
+
+    def forward(model: nn.Module, example: Any) -> list[Tensor]:
+        with _hooked(model, _has_channels, observe):
+            outputs = [value for value in _tensors(_call(model, example)) if value.requires_grad]
+        outcome.extend(output * 1 for output in outputs)
+        return [*outcome, *ends]
+
+    outcome: list[Tensor] = []
+    norms = {type(module) for module in model.modules() if is_channelwise(module)}
+    known = {kind: _channelwise_pruner(pruning) for kind in norms}
+    graph = pruning.DependencyGraph()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        graph.build_dependency(
+            model, example, forward_fn=forward, customized_pruners=known, verbose=False
+        )
+    if not called:
+        raise ValueError(
+            f"find_channel_groups: {type(model).__name__} calls no convolution and no linear layer "
+            "for this example; a network of such modules is required; layers called as functions "
+            "(torch.nn.functional) are not seen."
+        )
+    result = _Graph(list(called), _Joined(), {})
+    results = {id(output.grad_fn) for output in outcome}
+    extra = {id(end.grad_fn) for end in ends} - results
+    _join_own_blocks(model, result)
+    covered: set[str] = set()
+    for name in called:
+        module: Any = model.get_submodule(name)
+        if name in covered or module not in graph.module2node:
+            continue
+        pruner = graph.get_pruner_of_module(module)
+        every = list(range(_width(module, "out")))
+        group = graph.get_pruning_group(module, pruner.prune_out_channels, every)
+        for item in group:
+            node, handler = item.dep.target, item.dep.handler
+            if id(node.grad_fn) in extra:
+                continue
+            if id(node.grad_fn) in results:
+                result.troubles.setdefault(name, "they are an output of the model")
+            elif node.module in names:
+                side = _side(node.module, graph.is_out_channel_pruning_fn(handler))
+                target = names[node.module]
+                if isinstance(node.module, nn.PReLU) and side is None:
+                    continue  # one value for all channels
+                if side is None:
+                    kind = type(node.module).__name__
+                    what = f"{target!r} ({kind}) reads them, which is not known to be narrowed"
+                    result.troubles.setdefault(name, what)
+                    continue
+                complete = _join_item(result, name, target, side, item, _width(node.module, side))
+                if complete and side == "out":
+                    covered.add(target)
+            elif isinstance(node.module, nn.Parameter):
+                result.troubles.setdefault(name, "they meet a parameter of no known layer")
+    return result
+
+
+def _import_torch_pruning() -> Any:
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise ImportError(
+            "find_channel_groups: torch_pruning is not installed; it finds which channels go "
+            'together; pip install "sparsight[compress]".'
+        ) from error
+    return torch_pruning
+
+
+def _channelwise_pruner(pruning: Any) -> Any:
+    class Pruner(pruning.BasePruningFunc):  # tells the graph that channels go straight through
+        def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
+            return layer
+
+        prune_in_channels = prune_out_channels
+
+        def get_out_channels(self, layer: Any) -> int:
+            return _width(layer, "norm")
+
+        get_in_channels = get_out_channels
+
+    return Pruner()
+
+
+def _side(module: nn.Module, is_out: bool) -> Side | None:
+    if is_channelwise(module):
+        return "norm"
+    if isinstance(module, DeformableConv2d) and module.offset_groups > 1 and not is_out:
+        return None
+    if not _has_channels(module):
+        return None
+    # Torch-Pruning has one function for both sides of a depthwise convolution: its output's.
+    return "out" if is_out else "in"
+
+
+def _join_own_blocks(model: nn.Module, graph: _Graph) -> None:
+    """A grouped convolution can only lose whole groups, on both sides; GroupNorm too."""
+    for name, module in model.named_modules():
+        if is_grouped(module):
+            layer: Any = module
+            for side, width in (("in", layer.in_channels), ("out", layer.out_channels)):
+                block = width // layer.groups
+                for i in range(width):
+                    graph.joined.join(
+                        ("in", name, i // block * (layer.in_channels // layer.groups)),
+                        (side, name, i),
+                    )
+        elif isinstance(module, nn.GroupNorm):
+            block = module.num_channels // module.num_groups
+            for i in range(module.num_channels):
+                graph.joined.join(("norm", name, i // block * block), ("norm", name, i))
+
+
+def _join_item(graph: _Graph, root: str, target: str, side: Side, item: Any, width: int) -> bool:
+    """Join the channels of one layer to those of the root; True if all of it is covered."""
+    for index, origin in zip(item.idxs, item.root_idxs, strict=True):
+        if index >= width:
+            graph.troubles.setdefault(
+                root,
+                f"they are combined with the {width} channels of {target!r}, so that padding, "
+                "slicing or broadcasting decides which belong together",
+            )
+            index = width - 1  # still one group: the trouble is shared
+        graph.joined.join(("out", root, origin), (side, target, index))
+    return len(set(item.idxs)) >= width
+
+
+def _assemble(model: nn.Module, graph: _Graph) -> list[ChannelGroup]:
+    """Return the groups, in the order of execution, from the sets of joined elements."""
+    ordinary = [name for name in graph.called if not is_grouped(model.get_submodule(name))]
+    for name in graph.called:
+        for i in range(_width(model.get_submodule(name), "out")):
+            graph.joined.find(("out", name, i))
+    called = set(graph.called)
+    units: dict[_Element, dict[tuple[str, Side], list[int]]] = {}
+    for element in graph.joined.parents:
+        side, name, index = element
+        if side == "norm" or name in called:
+            places = units.setdefault(graph.joined.find(element), {})
+            places.setdefault((name, side), []).append(index)
+
+    tied = _Joined()  # of producers: elements ("out", name, 0)
+    sets: dict[str, list[dict[tuple[str, Side], list[int]]]] = {}
+    owners = []
+    for unit in units.values():
+        names = {name for name, side in unit if side == "out"}
+        sources = sorted(names & set(ordinary), key=graph.called.index)
+        # A grouped convolution that reads the image has no producer but itself.
+        sources = sources or sorted(names, key=graph.called.index)[:1]
+        owners.append(sources)
+        for other in sources:
+            tied.join(("out", sources[0], 0), ("out", other, 0))
+    for unit, sources in zip(units.values(), owners, strict=True):
+        if sources:
+            sets.setdefault(tied.find(("out", sources[0], 0))[1], []).append(unit)
+    groups = [_group(model, graph, members) for members in sets.values()]
+    return sorted(groups, key=lambda group: graph.called.index(group.name))
+
+
+def _group(
+    model: nn.Module, graph: _Graph, units: list[dict[tuple[str, Side], list[int]]]
+) -> ChannelGroup:
+    places = list(dict.fromkeys(chain.from_iterable(units)))
+    layers = sorted({name for name, side in places if side != "norm"}, key=graph.called.index)
+    between = tuple(name for name in layers if is_grouped(model.get_submodule(name)))
+    producers = tuple(n for n in layers if (n, "out") in places and n not in between)
+    consumers = tuple(n for n in layers if (n, "in") in places and n not in between)
+    norms = tuple(sorted(name for name, side in places if side == "norm"))
+    first = (producers or between)[0]
+    reason = next(
+        (graph.troubles[name] for name in (*producers, *between) if name in graph.troubles), None
+    )
+    widths = {(n, side): _width(model.get_submodule(n), side) for n, side in places}
+    alike = all(
+        set(unit) == set(places) and all(len(unit[p]) == len(units[0][p]) for p in places)
+        for unit in units
+    )
+    if not alike and reason is None:
+        reason = "they are not treated alike: a split, a slice or padding tells them apart"
+    if not producers and reason is None:
+        reason = f"{first!r} is grouped and reads the input of the model"
+    if not consumers and reason is None:
+        reason = "no convolution and no linear layer reads them: they are an output of the model"
+    reason = reason or _fixed(model, {name for name, _ in places})
+    if len(units) == 1 and reason is None:
+        reason = "they are a single unit, of which one has to stay"
+    members: tuple[Member, ...] = ()
+    if alike:
+        lead = (first, "out")
+        units = sorted(units, key=lambda unit: min(unit[lead]))
+        members = tuple(
+            Member(name, side, tuple(tuple(sorted(u[name, side])) for u in units), width)
+            for (name, side), width in widths.items()
+        )
+    return ChannelGroup(
+        name=first,
+        channels=len(units) if alike else widths[first, "out"],
+        producers=producers or (first,),
+        consumers=consumers,
+        norms=norms,
+        removable=reason is None,
+        reason=reason,
+        grouped=between if producers else between[1:],
+        members=members,
+    )
+
+
+def _fixed(model: nn.Module, names: set[str]) -> str | None:
+    """Why one of these layers cannot be narrowed, if so: weights that are shared or computed."""
+    homes: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            other = homes.setdefault(id(parameter), name)
+            if other != name and names & {other, name}:
+                return f"{other!r} and {name!r} share a parameter"
+    for name in sorted(names):
+        module = model.get_submodule(name)
+        stored = {key for key, _ in module.named_parameters(recurse=False)}
+        if _has_channels(module) and "weight" not in stored:
+            return f"the weight of {name!r} is computed from others (a parametrisation)"
+    return None
+
+
+def _check_marks(model: nn.Module, example: Any, groups: list[ChannelGroup]) -> list[ChannelGroup]:
+    """Refuse the groups whose channels do not arrive where they were computed to."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return groups  # no values
+    return [
+        group
+        if (trouble := group.removable and _stray_mark(model, example, group)) in (None, False)
+        else replace(group, removable=False, reason=str(trouble))
+        for group in groups
+    ]
+
+
+def _stray_mark(model: nn.Module, example: Any, group: ChannelGroup) -> str | None:
+    """Mark some units with NaN in all producers and look which input channels turn NaN where."""
+    chosen = sorted({min(1, group.channels - 1), group.channels // 2, group.channels - 1})
+    expected = {
+        (member.name, member.side): set(chain.from_iterable(member.units[u] for u in chosen))
+        for member in group.members
+    }
+    seen: list[str] = []
+
+    def observe(name: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            found = _marked(module, args[0]) if args[0].numel() else None
+            wanted = expected.get((name, "in"), set())
+            if found is not None and found != wanted:
+                seen.append(
+                    f"{len(found)} of their channels arrive at {name!r} where {len(wanted)} other "
+                    "ones should: something between rearranges or mixes channels"
+                    if len(found) != len(wanted)
+                    else f"they arrive at {name!r} in another order: something rearranges channels"
+                )
+            if is_grouped(module) and name in group.grouped:
+                return output
+            output = torch.nan_to_num(output, nan=0.0)
+            if name in group.producers:
+                channels = torch.tensor(sorted(expected[name, "out"]), device=output.device)
+                output.index_fill_(_channel_dim(module, output), channels, torch.nan)
+            return output
+
+        return hook
+
+    with _hooked(model, _has_channels, observe):
+        _call(model, example)
+    return seen[0] if seen else None
+
+
+def _channel_dim(module: nn.Module, value: Tensor) -> int:
+    layer: Any = module
+    return value.ndim - 1 - (0 if isinstance(module, nn.Linear) else len(layer.kernel_size))
+
+
+def _marked(module: nn.Module, value: Tensor) -> set[int]:
+    channels = value.isnan().movedim(_channel_dim(module, value), 0).flatten(1).any(1)
+    return set(channels.nonzero().flatten().tolist())
+
+
+def _check_removal(
+    model: nn.Module, example: Any, groups: list[ChannelGroup]
+) -> list[ChannelGroup]:
+    """Refuse the groups without whose last unit the model does not run."""
+    removable = [group for group in groups if group.removable]
+    if _failure(model, example, removable) is None:
+        return groups
+    runs: list[ChannelGroup] = []
+    refused: dict[str, str] = {}
+    for group in removable:
+        trouble = _failure(model, example, [*runs, group])
+        if trouble is None:
+            runs.append(group)
+        else:
+            refused[group.name] = f"the model does not run with fewer of them ({trouble})"
+    return [
+        replace(group, removable=False, reason=refused[group.name])
+        if group.name in refused
+        else group
+        for group in groups
+    ]
+
+
+def _failure(model: nn.Module, example: Any, groups: list[ChannelGroup]) -> str | None:
+    smaller = _copy(model).eval()
+    keep_all_channels(smaller, [(group, torch.arange(group.channels - 1)) for group in groups])
+    try:
+        _call(smaller, example)
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
