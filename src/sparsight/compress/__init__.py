@@ -12,5 +12,16 @@ from sparsight.compress.channel_groups import (
     find_channel_groups,
     keep_channels,
 )
+from sparsight.compress.narrow import narrow, shapes_of
+from sparsight.compress.prune_filters import prune_filters, remove_zero_filters
 
-__all__ = ["ChannelGroup", "Member", "find_channel_groups", "keep_channels"]
+__all__ = [
+    "ChannelGroup",
+    "Member",
+    "find_channel_groups",
+    "keep_channels",
+    "narrow",
+    "prune_filters",
+    "remove_zero_filters",
+    "shapes_of",
+]

@@ -184,7 +184,7 @@ def keep_all_channels(model: nn.Module, kept: Iterable[tuple[ChannelGroup, Tenso
     """
     removed: dict[tuple[str, Side], set[int]] = {}
     for group, keep in kept:
-        gone = _removed_units(group, keep)
+        gone = removed_units(group, keep)
         for member in group.members:
             _check_width(model, group, member)
             channels = chain.from_iterable(member.units[unit] for unit in gone)
@@ -199,7 +199,8 @@ def keep_all_channels(model: nn.Module, kept: Iterable[tuple[ChannelGroup, Tenso
         keep_indices(module, side, [i for i in range(width) if i not in gone])
 
 
-def _removed_units(group: ChannelGroup, keep: Tensor) -> list[int]:
+def removed_units(group: ChannelGroup, keep: Tensor) -> list[int]:
+    """Return the units that `keep` leaves out; checks it as `keep_channels` says."""
     at = f"keep_channels: group {group.name!r}"
     if not isinstance(keep, Tensor) or keep.is_floating_point() or keep.dtype == torch.bool:
         given = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
@@ -272,7 +273,8 @@ def _copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _call(model: nn.Module, example: Any) -> Any:
+def call_with(model: nn.Module, example: Any) -> Any:
+    """Call a model with an example, as `find_channel_groups` takes it."""
     if isinstance(example, tuple):
         return model(*example)
     return model(**example) if isinstance(example, dict) else model(example)
@@ -287,14 +289,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from chain.from_iterable(map(_tensors, value))
 
 
-def _has_channels(module: nn.Module) -> bool:
+def has_channels(module: nn.Module) -> bool:
+    """Whether it is a convolution or a linear layer."""
     return is_convolution(module) or isinstance(module, nn.Linear)
 
 
 @contextmanager
-def _hooked(
+def hooked(
     model: nn.Module, which: Callable[[nn.Module], bool], hook: Callable[[str], Callable[..., Any]]
 ) -> Iterator[None]:
+    """Have hook(name) called after the forward of every module of one kind, in a `with` block."""
     handles = [
         module.register_forward_hook(hook(name))
         for name, module in model.named_modules()
@@ -343,10 +347,15 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
     }
     called: dict[str, None] = {}
     ends: list[Tensor] = []
+    sources: dict[Any, str] = {}  # node of autograd's graph -> layer
+    outputs: set[str] = set()
 
     def observe(name: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
             called.setdefault(name)
+            if output.grad_fn is None:  # the model switches gradients off for this layer
+                return None
+            sources[output.grad_fn] = name
             # An end of its own for every layer: what a detector detaches is in the graph as well.
             if output.ndim == 2 or is_convolution(module):
                 ends.append(output * 1)
@@ -356,12 +365,13 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
         return hook
 
     def forward(model: nn.Module, example: Any) -> list[Tensor]:
-        with _hooked(model, _has_channels, observe):
-            outputs = [value for value in _tensors(_call(model, example)) if value.requires_grad]
-        outcome.extend(output * 1 for output in outputs)
-        return [*outcome, *ends]
+        with hooked(model, has_channels, observe):
+            results = _tensors(call_with(model, example))
+        outputs.update(_reached(results, sources))
+        # Not what a detector makes of its layers' outputs: Torch-Pruning follows joining paths
+        # again and again, which takes forever there.
+        return ends
 
-    outcome: list[Tensor] = []
     norms = {type(module) for module in model.modules() if is_channelwise(module)}
     known = {kind: _channelwise_pruner(pruning) for kind in norms}
     graph = pruning.DependencyGraph()
@@ -377,8 +387,7 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
             "(torch.nn.functional) are not seen."
         )
     result = _Graph(list(called), _Joined(), {})
-    results = {id(output.grad_fn) for output in outcome}
-    extra = {id(end.grad_fn) for end in ends} - results
+    result.troubles.update(dict.fromkeys(outputs, "they are an output of the model"))
     _join_own_blocks(model, result)
     covered: set[str] = set()
     for name in called:
@@ -390,11 +399,7 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
         group = graph.get_pruning_group(module, pruner.prune_out_channels, every)
         for item in group:
             node, handler = item.dep.target, item.dep.handler
-            if id(node.grad_fn) in extra:
-                continue
-            if id(node.grad_fn) in results:
-                result.troubles.setdefault(name, "they are an output of the model")
-            elif node.module in names:
+            if node.module in names:
                 side = _side(node.module, graph.is_out_channel_pruning_fn(handler))
                 target = names[node.module]
                 if isinstance(node.module, nn.PReLU) and side is None:
@@ -410,6 +415,22 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
             elif isinstance(node.module, nn.Parameter):
                 result.troubles.setdefault(name, "they meet a parameter of no known layer")
     return result
+
+
+def _reached(results: Iterable[Tensor], sources: dict[Any, str]) -> set[str]:
+    """Return the layers that results come from without another layer in between."""
+    waiting = [result.grad_fn for result in results if result.grad_fn is not None]
+    seen, found = set(waiting), set()
+    while waiting:
+        node = waiting.pop()
+        if node in sources:
+            found.add(sources[node])
+            continue
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
 
 
 def _import_torch_pruning() -> Any:
@@ -443,7 +464,7 @@ def _side(module: nn.Module, is_out: bool) -> Side | None:
         return "norm"
     if isinstance(module, DeformableConv2d) and module.offset_groups > 1 and not is_out:
         return None
-    if not _has_channels(module):
+    if not has_channels(module):
         return None
     # Torch-Pruning has one function for both sides of a depthwise convolution: its output's.
     return "out" if is_out else "in"
@@ -572,7 +593,7 @@ def _fixed(model: nn.Module, names: set[str]) -> str | None:
     for name in sorted(names):
         module = model.get_submodule(name)
         stored = {key for key, _ in module.named_parameters(recurse=False)}
-        if _has_channels(module) and "weight" not in stored:
+        if has_channels(module) and "weight" not in stored:
             return f"the weight of {name!r} is computed from others (a parametrisation)"
     return None
 
@@ -619,8 +640,8 @@ def _stray_mark(model: nn.Module, example: Any, group: ChannelGroup) -> str | No
 
         return hook
 
-    with _hooked(model, _has_channels, observe):
-        _call(model, example)
+    with hooked(model, has_channels, observe):
+        call_with(model, example)
     return seen[0] if seen else None
 
 
@@ -629,8 +650,13 @@ def _channel_dim(module: nn.Module, value: Tensor) -> int:
     return value.ndim - 1 - (0 if isinstance(module, nn.Linear) else len(layer.kernel_size))
 
 
+def input_channels(module: nn.Module, value: Tensor) -> Tensor:
+    """Return the input of a convolution or linear layer as (channels, positions and images)."""
+    return value.movedim(_channel_dim(module, value), 0).flatten(1)
+
+
 def _marked(module: nn.Module, value: Tensor) -> set[int]:
-    channels = value.isnan().movedim(_channel_dim(module, value), 0).flatten(1).any(1)
+    channels = input_channels(module, value).isnan().any(1)
     return set(channels.nonzero().flatten().tolist())
 
 
@@ -661,7 +687,7 @@ def _failure(model: nn.Module, example: Any, groups: list[ChannelGroup]) -> str 
     smaller = _copy(model).eval()
     keep_all_channels(smaller, [(group, torch.arange(group.channels - 1)) for group in groups])
     try:
-        _call(smaller, example)
+        call_with(smaller, example)
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     return None

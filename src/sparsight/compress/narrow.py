@@ -157,9 +157,9 @@ def narrow(model: nn.Module, shapes: Mapping[str, Tensor | Sequence[int]]) -> No
         module = model.get_submodule(at)
         if not (is_channelwise(module) or is_convolution(module) or isinstance(module, nn.Linear)):
             raise ValueError(
-                f"narrow: {name!r} is to have shape {list(shape)} instead of {list(own[name])}, but "
-                f"{type(module).__name__} is no layer that is narrowed; convolutions, linear layers "
-                "and norms are; build the architecture that was pruned."
+                f"narrow: {name!r} is to have shape {list(shape)}, not {list(own[name])}, but "
+                f"{type(module).__name__} is no layer that is narrowed; convolutions, linear "
+                "layers and norms are; build the architecture that was pruned."
             )
         _check_reach(name, module, own[name], shape)
         if attribute == "weight" or is_channelwise(module):
