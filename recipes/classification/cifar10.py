@@ -15,7 +15,13 @@ from sparsight.train.data import (
 )
 from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
-from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling
+from sparsight.train.sampling import (
+    ClassificationMethod,
+    InterpolationKind,
+    Layout,
+    Noise,
+    Sampling,
+)
 
 
 def cifar10(
@@ -27,10 +33,12 @@ def cifar10(
     accumulate: int = 1,
     lr: float = 5e-4,
     weight_decay: float = 1e-2,
-    method: Method = "sampled",
+    method: ClassificationMethod = "sampled",
     budget: float | None = None,
     sampling_weight: float | None = None,
     weights: Literal["macs", "published", "uniform"] = "macs",
+    filter_ratio: float | None = None,
+    filter_norm_ratio: float = 0.0,
     init: str | None = None,
     teacher: str | None = None,
     teacher_weight: float = 1.0,
@@ -79,11 +87,14 @@ def cifar10(
         accumulate: micro-batches per optimiser step.
         lr: peak learning rate of AdamW.
         weight_decay: of weights of convolutions.
-        method: "sampled" is the paper's, "relu_gate" and "perforated" are baselines.
+        method: "sampled" is the paper's, "relu_gate" and "perforated" are baselines; "sfp" and
+            "fpgm" set filters to zero while they train and remove them at the end.
         budget: share of the dense model's MACs to compute, in (0, 1], everything counted. None: a
             dense model, unless `sampling_weight` is given.
         sampling_weight: fixed weight of the expected share instead of a budget, as published.
         weights: what the fixed weight is charged on: "macs", "published" or "uniform".
+        filter_ratio: share of each layer's filters that "sfp" and "fpgm" take; or pass a budget.
+        filter_norm_ratio: the part of it that "fpgm" takes by norm; 0.1 of 0.3 is published.
         init: weights to start from: a checkpoint of sparsight, or a state_dict saved with torch.
         teacher: weights of a dense network of the same depth to learn from; usually those of
             `init`. None for the labels alone.
@@ -177,6 +188,8 @@ def cifar10(
         budget=budget,
         sampling_weight=sampling_weight,
         weights=weights,
+        filter_ratio=filter_ratio,
+        filter_norm_ratio=filter_norm_ratio,
         init=init,
         teacher=teacher,
         teacher_weight=teacher_weight,

@@ -15,7 +15,13 @@ from sparsight.train.data import (
 )
 from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
-from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling
+from sparsight.train.sampling import (
+    ClassificationMethod,
+    InterpolationKind,
+    Layout,
+    Noise,
+    Sampling,
+)
 
 
 def imagenet(
@@ -28,10 +34,12 @@ def imagenet(
     accumulate: int = 1,
     lr: float = 1e-3,
     weight_decay: float = 1e-2,
-    method: Method = "sampled",
+    method: ClassificationMethod = "sampled",
     budget: float | None = None,
     sampling_weight: float | None = None,
     weights: Literal["macs", "published", "uniform"] = "macs",
+    filter_ratio: float | None = None,
+    filter_norm_ratio: float = 0.0,
     init: str | None = None,
     teacher: str | None = None,
     teacher_weight: float = 1.0,
@@ -74,12 +82,15 @@ def imagenet(
         accumulate: micro-batches per optimiser step.
         lr: peak learning rate of AdamW.
         weight_decay: of weights of convolutions.
-        method: "sampled" is the paper's, "relu_gate" and "perforated" are baselines.
+        method: "sampled" is the paper's, "relu_gate" and "perforated" are baselines; "sfp" and
+            "fpgm" set filters to zero while they train and remove them at the end.
         budget: share of the dense model's MACs to compute, in (0, 1], everything counted. None: a
             dense model, unless `sampling_weight` is given.
         sampling_weight: fixed weight of the expected share instead of a budget: .01 or .015 as
             published.
         weights: what the fixed weight is charged on: "macs", "published" or "uniform".
+        filter_ratio: share of each layer's filters that "sfp" and "fpgm" take; or pass a budget.
+        filter_norm_ratio: the part of it that "fpgm" takes by norm; 0.1 of 0.3 is published.
         init: weights to start from: a checkpoint of sparsight, or a state_dict saved with torch,
             such as torchvision's.
         teacher: weights of a dense network of the same backbone to learn from; usually those of
@@ -173,6 +184,8 @@ def imagenet(
         budget=budget,
         sampling_weight=sampling_weight,
         weights=weights,
+        filter_ratio=filter_ratio,
+        filter_norm_ratio=filter_norm_ratio,
         init=init,
         teacher=teacher,
         teacher_weight=teacher_weight,

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from sparsight.compress import ChannelGroup, find_channel_groups, keep_channels
-from sparsight.compress.channel_groups import keep_all_channels
+from sparsight.compress.channel_group import keep_all_channels
 from sparsight.models import faster_rcnn, resnet_cifar, semantic_fpn
 from sparsight.nn.deform_conv import DeformableConv2d
 
@@ -234,8 +234,8 @@ def test_detectors_are_traced_with_a_list_of_images():
     assert groups["backbone.body.layer1.0.conv1"].removable
     assert groups["backbone.body.conv1"].is_stream
     assert not groups["rpn.head.cls_logits"].removable
-    fpn = groups["backbone.fpn.layer_blocks.0.0"]
-    assert len(fpn.producers) == 4
+    fpn = groups["backbone.fpn.layer_blocks.3.0"]  # the coarsest is called first
+    assert sorted(fpn.producers) == [f"backbone.fpn.layer_blocks.{i}.0" for i in range(4)]
     assert {"rpn.head.conv.0.0", "roi_heads.box_head.fc6"} <= set(fpn.consumers)
 
 
@@ -278,27 +278,6 @@ def test_models_without_values_are_traced():
     assert model.layer1[0].conv2.weight.shape == (16, 5, 3, 3)
 
 
-def test_rearranged_channels_are_refused():
-    class Shuffled(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            x = self[0](x)
-            b, c, h, w = x.shape
-            x = x.reshape(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
-            return self[1](x)
-
-    group = found(Shuffled(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)))["0"]
-    assert not group.removable and "arrive" in group.reason
-
-
-def test_a_width_written_into_forward_is_noticed():
-    class Rigid(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return self[1](self[0](x) + x)  # the image has 3 channels, whatever the model has
-
-    group = found(Rigid(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)))["0"]
-    assert not group.removable and "does not run" in group.reason
-
-
 def test_shared_and_computed_weights_are_refused():
     net = nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(3)))
     net[1].weight = net[0].weight
@@ -323,37 +302,6 @@ def test_channels_read_by_a_deformable_convolution_can_go():
     expected = outputs(silence(net, group, [0, 2]), IMAGE)
     keep_channels(net, group, torch.tensor([0, 2]))
     torch.testing.assert_close(outputs(net, IMAGE), expected)
-
-
-@pytest.mark.parametrize(
-    ("keep", "error", "message"),
-    [
-        ([0, 1], TypeError, "tensor of integers"),
-        (torch.ones(8, dtype=torch.bool), TypeError, "mask.nonzero"),
-        (torch.tensor([], dtype=torch.int64), ValueError, "at least one"),
-        (torch.tensor([1, 1]), ValueError, "each once"),
-        (torch.tensor([8]), ValueError, "8 units"),
-        (torch.tensor([-1]), ValueError, "none negative"),
-    ],
-)
-def test_wrong_indices_are_refused(keep, error, message):
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))
-    group = found(net)["0"]
-    with pytest.raises(error, match=message):
-        keep_channels(net, group, keep)
-
-
-def test_groups_that_stay_are_refused_by_name():
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))
-    with pytest.raises(ValueError, match=r"'1' cannot lose channels: .*output of the model"):
-        keep_channels(net, found(net)["1"], torch.tensor([0]))
-
-
-def test_keeping_everything_changes_nothing():
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))
-    weight = net[0].weight
-    keep_channels(net, found(net)["0"], torch.arange(8))
-    assert net[0].weight is weight
 
 
 def test_models_that_cannot_be_traced_are_refused():

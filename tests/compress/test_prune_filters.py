@@ -82,7 +82,9 @@ def test_widths_are_rounded_up():
     model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 4, 1))
     assert widths(prune_filters(model, IMAGE, ratio=0.3, round_to=8)) == [48, 4]
     assert widths(prune_filters(model, IMAGE, ratio=0.3, round_to=1)) == [45, 4]
-    assert widths(prune_filters(chain(), IMAGE, ratio=0.3, round_to=16)) == [8, 12, 4]
+    assert widths(prune_filters(model, IMAGE, ratio=0.6, round_to=7)) == [28, 4]
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 16, 1), nn.Conv2d(16, 4, 1))
+    assert widths(prune_filters(model, IMAGE, ratio=0.4, round_to=16)) == [20, 10, 4]
 
 
 def test_residual_streams_are_pruned_on_demand():

@@ -12,16 +12,21 @@ from sparsight.compress.channel_groups import (
     find_channel_groups,
     keep_channels,
 )
+from sparsight.compress.constant_channels import norms_behind
+from sparsight.compress.filter_importance import weakest_filters
 from sparsight.compress.narrow import narrow, shapes_of
-from sparsight.compress.prune_filters import prune_filters, remove_zero_filters
+from sparsight.compress.prune_filters import fitting_ratio, prune_filters, remove_zero_filters
 
 __all__ = [
     "ChannelGroup",
     "Member",
     "find_channel_groups",
+    "fitting_ratio",
     "keep_channels",
     "narrow",
+    "norms_behind",
     "prune_filters",
     "remove_zero_filters",
     "shapes_of",
+    "weakest_filters",
 ]

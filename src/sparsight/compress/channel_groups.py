@@ -17,86 +17,43 @@ This is the only module that imports Torch-Pruning.
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsight.compress.narrow import is_channelwise, is_convolution, is_grouped, keep_indices
+from sparsight.compress.channel_group import (
+    ChannelGroup,
+    Member,
+    Side,
+    keep_all_channels,
+    keep_channels,
+    width_of,
+)
+from sparsight.compress.check_groups import refuse_stray_marks, refuse_what_fails
+from sparsight.compress.narrow import is_channelwise, is_convolution, is_grouped
+from sparsight.compress.run_model import (
+    call_with,
+    has_channels,
+    hooked,
+    tensors_in,
+    traceable_copy,
+)
 from sparsight.nn.deform_conv import DeformableConv2d
 
-__all__ = ["ChannelGroup", "Member", "find_channel_groups", "keep_channels"]
+__all__ = [
+    "ChannelGroup",
+    "Member",
+    "find_channel_groups",
+    "keep_all_channels",
+    "keep_channels",
+]
 
-Side = Literal["out", "in", "norm"]
 _Element = tuple[Side, str, int]
-
-
-@dataclass(frozen=True)
-class Member:
-    """Where the channels of a group are in one of its layers.
-
-    Attributes:
-        name: qualified name of the layer.
-        side: "out" its output channels, "in" its input channels, "norm" its one value per channel.
-        units: for every unit of the group, the indices of its channels in that layer; several for a
-            linear layer behind a flattened map, and where a grouped convolution makes blocks.
-        width: channels that the layer has there, those of other groups included (concatenations).
-    """
-
-    name: str
-    side: Side
-    units: tuple[tuple[int, ...], ...] = field(repr=False)
-    width: int
-
-
-@dataclass(frozen=True)
-class ChannelGroup:
-    """Channels that can only be removed together, unit by unit.
-
-    A unit is one channel in each of the producers, in plain networks; with grouped convolutions,
-    and GroupNorm, in between it is a block, since they can only lose whole groups.
-
-    Attributes:
-        name: qualified name of the first producer, in the order of execution.
-        channels: units; each of them can be removed independently of the others.
-        producers: convolutions and linear layers whose output channels these are. More than one
-            where they are added, as in the residual stream, or read by one and the same layer.
-        consumers: convolutions and linear layers whose input channels these are.
-        norms: layers in between with one value per channel: norms and PReLU.
-        grouped: convolutions in between that keep the channels apart, depthwise ones and those of
-            several groups: neither producers nor consumers, they lose input, output and groups.
-        removable: whether units can be removed.
-        reason: why not; None if they can.
-        members: where the units are in each of these layers; a grouped convolution has two.
-    """
-
-    name: str
-    channels: int
-    producers: tuple[str, ...]
-    consumers: tuple[str, ...]
-    norms: tuple[str, ...]
-    removable: bool
-    reason: str | None
-    grouped: tuple[str, ...] = ()
-    members: tuple[Member, ...] = field(default=(), repr=False)
-
-    @property
-    def is_stream(self) -> bool:
-        """Whether several layers produce these channels, as those of a residual stream."""
-        return len(self.producers) > 1
-
-    def of(self, name: str, side: Side) -> Member:
-        """Return the member of this layer and side; KeyError if there is none."""
-        for member in self.members:
-            if (member.name, member.side) == (name, side):
-                return member
-        raise KeyError(f"ChannelGroup.of: {self.name!r} has no {side!r} of {name!r}.")
 
 
 def find_channel_groups(model: nn.Module, example: Any) -> list[ChannelGroup]:
@@ -132,121 +89,13 @@ def find_channel_groups(model: nn.Module, example: Any) -> list[ChannelGroup]:
             "required; pass the model itself."
         )
     _refuse(model)
-    traced = _copy(model).eval()
+    traced = traceable_copy(model).eval()
     with torch.enable_grad(), torch.inference_mode(False):
         graph = _trace(traced, example)
     groups = _assemble(traced, graph)
     with torch.no_grad():
-        groups = _check_marks(traced, example, groups)
-        return _check_removal(model, example, groups)
-
-
-def keep_channels(model: nn.Module, group: ChannelGroup, keep: Tensor) -> None:
-    """Remove the units of a group that are not to be kept from all its layers, in place.
-
-    Parameters become new, smaller ones that keep requires_grad, dtype, device and memory format;
-    their gradients are None. Optimisers have to be made afterwards.
-
-    Args:
-        model: the model that the group was found in; changed.
-        group: one of `find_channel_groups`; a removable one.
-        keep: (K) indices of the units to keep, integers in [0, group.channels), each once, in any
-            order: channels stay in theirs. All of them change nothing.
-
-    Raises:
-        TypeError: `keep` is no tensor of integers.
-        ValueError: the group is not removable, or was found before its layers were changed by
-            another; no index, an index twice, or one out of range.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-        >>> keep_channels(net, find_channel_groups(net, torch.zeros(1, 3, 8, 8))[0],
-        ...               torch.tensor([0, 5, 6]))
-        >>> net[0].weight.shape[0], net[2].weight.shape[1]
-        (3, 3)
-    """
-    keep_all_channels(model, [(group, keep)])
-
-
-def keep_all_channels(model: nn.Module, kept: Iterable[tuple[ChannelGroup, Tensor]]) -> None:
-    """Do the same as `keep_channels` for several groups found together.
-
-    One by one, groups that are read by one and the same layer, as concatenated ones are, would
-    have to be found again: their indices in that layer move.
-
-    Args:
-        model: the model that all groups were found in; changed.
-        kept: pairs of group and units to keep.
-
-    Raises:
-        TypeError: as `keep_channels`.
-        ValueError: as `keep_channels`, before anything is changed.
-    """
-    removed: dict[tuple[str, Side], set[int]] = {}
-    for group, keep in kept:
-        gone = removed_units(group, keep)
-        for member in group.members:
-            _check_width(model, group, member)
-            channels = chain.from_iterable(member.units[unit] for unit in gone)
-            removed.setdefault((member.name, member.side), set()).update(channels)
-    for (name, side), gone in removed.items():
-        if not gone:
-            continue
-        module = model.get_submodule(name)
-        if side == "in" and is_grouped(module):
-            continue  # its "out" member takes both sides along
-        width = _width(module, side)
-        keep_indices(module, side, [i for i in range(width) if i not in gone])
-
-
-def removed_units(group: ChannelGroup, keep: Tensor) -> list[int]:
-    """Return the units that `keep` leaves out; checks it as `keep_channels` says."""
-    at = f"keep_channels: group {group.name!r}"
-    if not isinstance(keep, Tensor) or keep.is_floating_point() or keep.dtype == torch.bool:
-        given = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
-        raise TypeError(
-            f"{at}: keep is {given}; a tensor of integers, the units to keep, is required; pass "
-            "mask.nonzero().flatten() for a mask."
-        )
-    if not group.removable:
-        raise ValueError(
-            f"{at} cannot lose channels: {group.reason}; a removable group is required; leave it."
-        )
-    units = keep.flatten().tolist()
-    if not units or len(set(units)) < len(units) or not 0 <= min(units) <= max(units):
-        raise ValueError(
-            f"{at}: keep holds {len(units)} indices, {len(set(units))} of them different, the "
-            f"smallest {min(units, default=None)}; at least one, each once and none negative is "
-            "required; pass the units to keep."
-        )
-    if max(units) >= group.channels:
-        raise ValueError(
-            f"{at}: keep holds {max(units)}, but it has {group.channels} units; indices below that "
-            "are required; count units, not channels (`group.channels`)."
-        )
-    stays = set(units)
-    return [unit for unit in range(group.channels) if unit not in stays]
-
-
-def _check_width(model: nn.Module, group: ChannelGroup, member: Member) -> None:
-    width = _width(model.get_submodule(member.name), member.side)
-    if width != member.width:
-        raise ValueError(
-            f"keep_channels: {member.name!r} of group {group.name!r} has {width} channels "
-            f"({member.side}), but had {member.width} when the group was found; groups of the "
-            "model as it is are required; call find_channel_groups again."
-        )
-
-
-def _width(module: Any, side: Side) -> int:
-    if side == "norm":
-        for name in ("num_features", "num_channels", "num_parameters"):
-            if hasattr(module, name):
-                return getattr(module, name)
-        return next(chain(module.parameters(False), module.buffers(False))).numel()
-    if isinstance(module, nn.Linear):
-        return module.out_features if side == "out" else module.in_features
-    return module.out_channels if side == "out" else module.in_channels
+        groups = refuse_stray_marks(traced, example, groups)
+        return refuse_what_fails(model, example, groups)
 
 
 def _refuse(model: nn.Module) -> None:
@@ -262,53 +111,6 @@ def _refuse(model: nn.Module) -> None:
                 f"find_channel_groups: {at} is scripted or compiled, but Python modules are "
                 "required; prune the model first, then compile the result."
             )
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    # Gradients are not copied along, and a parameter that does not learn is traced as well.
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        learns = parameter.is_floating_point() or parameter.is_complex()
-        memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=learns)
-    return copy.deepcopy(model, memo)
-
-
-def call_with(model: nn.Module, example: Any) -> Any:
-    """Call a model with an example, as `find_channel_groups` takes it."""
-    if isinstance(example, tuple):
-        return model(*example)
-    return model(**example) if isinstance(example, dict) else model(example)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from chain.from_iterable(map(_tensors, value.values()))
-    elif isinstance(value, list | tuple):
-        yield from chain.from_iterable(map(_tensors, value))
-
-
-def has_channels(module: nn.Module) -> bool:
-    """Whether it is a convolution or a linear layer."""
-    return is_convolution(module) or isinstance(module, nn.Linear)
-
-
-@contextmanager
-def hooked(
-    model: nn.Module, which: Callable[[nn.Module], bool], hook: Callable[[str], Callable[..., Any]]
-) -> Iterator[None]:
-    """Have hook(name) called after the forward of every module of one kind, in a `with` block."""
-    handles = [
-        module.register_forward_hook(hook(name))
-        for name, module in model.named_modules()
-        if which(module)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass
@@ -366,7 +168,7 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
 
     def forward(model: nn.Module, example: Any) -> list[Tensor]:
         with hooked(model, has_channels, observe):
-            results = _tensors(call_with(model, example))
+            results = tensors_in(call_with(model, example))
         outputs.update(_reached(results, sources))
         # Not what a detector makes of its layers' outputs: Torch-Pruning follows joining paths
         # again and again, which takes forever there.
@@ -395,7 +197,7 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
         if name in covered or module not in graph.module2node:
             continue
         pruner = graph.get_pruner_of_module(module)
-        every = list(range(_width(module, "out")))
+        every = list(range(width_of(module, "out")))
         group = graph.get_pruning_group(module, pruner.prune_out_channels, every)
         for item in group:
             node, handler = item.dep.target, item.dep.handler
@@ -409,7 +211,7 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
                     what = f"{target!r} ({kind}) reads them, which is not known to be narrowed"
                     result.troubles.setdefault(name, what)
                     continue
-                complete = _join_item(result, name, target, side, item, _width(node.module, side))
+                complete = _join_item(result, name, target, side, item, width_of(node.module, side))
                 if complete and side == "out":
                     covered.add(target)
             elif isinstance(node.module, nn.Parameter):
@@ -452,7 +254,7 @@ def _channelwise_pruner(pruning: Any) -> Any:
         prune_in_channels = prune_out_channels
 
         def get_out_channels(self, layer: Any) -> int:
-            return _width(layer, "norm")
+            return width_of(layer, "norm")
 
         get_in_channels = get_out_channels
 
@@ -506,7 +308,7 @@ def _assemble(model: nn.Module, graph: _Graph) -> list[ChannelGroup]:
     """Return the groups, in the order of execution, from the sets of joined elements."""
     ordinary = [name for name in graph.called if not is_grouped(model.get_submodule(name))]
     for name in graph.called:
-        for i in range(_width(model.get_submodule(name), "out")):
+        for i in range(width_of(model.get_submodule(name), "out")):
             graph.joined.find(("out", name, i))
     called = set(graph.called)
     units: dict[_Element, dict[tuple[str, Side], list[int]]] = {}
@@ -547,7 +349,7 @@ def _group(
     reason = next(
         (graph.troubles[name] for name in (*producers, *between) if name in graph.troubles), None
     )
-    widths = {(n, side): _width(model.get_submodule(n), side) for n, side in places}
+    widths = {(n, side): width_of(model.get_submodule(n), side) for n, side in places}
     alike = all(
         set(unit) == set(places) and all(len(unit[p]) == len(units[0][p]) for p in places)
         for unit in units
@@ -595,99 +397,4 @@ def _fixed(model: nn.Module, names: set[str]) -> str | None:
         stored = {key for key, _ in module.named_parameters(recurse=False)}
         if has_channels(module) and "weight" not in stored:
             return f"the weight of {name!r} is computed from others (a parametrisation)"
-    return None
-
-
-def _check_marks(model: nn.Module, example: Any, groups: list[ChannelGroup]) -> list[ChannelGroup]:
-    """Refuse the groups whose channels do not arrive where they were computed to."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return groups  # no values
-    return [
-        group
-        if (trouble := group.removable and _stray_mark(model, example, group)) in (None, False)
-        else replace(group, removable=False, reason=str(trouble))
-        for group in groups
-    ]
-
-
-def _stray_mark(model: nn.Module, example: Any, group: ChannelGroup) -> str | None:
-    """Mark some units with NaN in all producers and look which input channels turn NaN where."""
-    chosen = sorted({min(1, group.channels - 1), group.channels // 2, group.channels - 1})
-    expected = {
-        (member.name, member.side): set(chain.from_iterable(member.units[u] for u in chosen))
-        for member in group.members
-    }
-    seen: list[str] = []
-
-    def observe(name: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            found = _marked(module, args[0]) if args[0].numel() else None
-            wanted = expected.get((name, "in"), set())
-            if found is not None and found != wanted:
-                seen.append(
-                    f"{len(found)} of their channels arrive at {name!r} where {len(wanted)} other "
-                    "ones should: something between rearranges or mixes channels"
-                    if len(found) != len(wanted)
-                    else f"they arrive at {name!r} in another order: something rearranges channels"
-                )
-            if is_grouped(module) and name in group.grouped:
-                return output
-            output = torch.nan_to_num(output, nan=0.0)
-            if name in group.producers:
-                channels = torch.tensor(sorted(expected[name, "out"]), device=output.device)
-                output.index_fill_(_channel_dim(module, output), channels, torch.nan)
-            return output
-
-        return hook
-
-    with hooked(model, has_channels, observe):
-        call_with(model, example)
-    return seen[0] if seen else None
-
-
-def _channel_dim(module: nn.Module, value: Tensor) -> int:
-    layer: Any = module
-    return value.ndim - 1 - (0 if isinstance(module, nn.Linear) else len(layer.kernel_size))
-
-
-def input_channels(module: nn.Module, value: Tensor) -> Tensor:
-    """Return the input of a convolution or linear layer as (channels, positions and images)."""
-    return value.movedim(_channel_dim(module, value), 0).flatten(1)
-
-
-def _marked(module: nn.Module, value: Tensor) -> set[int]:
-    channels = input_channels(module, value).isnan().any(1)
-    return set(channels.nonzero().flatten().tolist())
-
-
-def _check_removal(
-    model: nn.Module, example: Any, groups: list[ChannelGroup]
-) -> list[ChannelGroup]:
-    """Refuse the groups without whose last unit the model does not run."""
-    removable = [group for group in groups if group.removable]
-    if _failure(model, example, removable) is None:
-        return groups
-    runs: list[ChannelGroup] = []
-    refused: dict[str, str] = {}
-    for group in removable:
-        trouble = _failure(model, example, [*runs, group])
-        if trouble is None:
-            runs.append(group)
-        else:
-            refused[group.name] = f"the model does not run with fewer of them ({trouble})"
-    return [
-        replace(group, removable=False, reason=refused[group.name])
-        if group.name in refused
-        else group
-        for group in groups
-    ]
-
-
-def _failure(model: nn.Module, example: Any, groups: list[ChannelGroup]) -> str | None:
-    smaller = _copy(model).eval()
-    keep_all_channels(smaller, [(group, torch.arange(group.channels - 1)) for group in groups])
-    try:
-        call_with(smaller, example)
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
     return None

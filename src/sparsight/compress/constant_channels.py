@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsight.compress.channel_groups import call_with, has_channels, hooked, input_channels
 from sparsight.compress.narrow import is_grouped
+from sparsight.compress.run_model import call_with, has_channels, hooked, input_channels
 
 __all__ = ["fold_constants", "norms_behind"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from sparsight.compress.channel_groups import ChannelGroup, Member
+from sparsight.compress.channel_group import ChannelGroup, Member
 
 __all__ = [
     "Importance",

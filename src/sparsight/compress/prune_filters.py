@@ -12,15 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparsight.compress.channel_groups import (
-    ChannelGroup,
-    call_with,
-    find_channel_groups,
-    has_channels,
-    hooked,
-    keep_all_channels,
-    removed_units,
-)
+from sparsight.compress.channel_group import ChannelGroup, keep_all_channels, removed_units
+from sparsight.compress.channel_groups import find_channel_groups
 from sparsight.compress.constant_channels import fold_constants
 from sparsight.compress.filter_importance import (
     Importance,
@@ -29,8 +22,9 @@ from sparsight.compress.filter_importance import (
     group_importance,
 )
 from sparsight.compress.narrow import is_grouped
+from sparsight.compress.run_model import call_with, has_channels, hooked
 
-__all__ = ["prune_filters", "remove_zero_filters"]
+__all__ = ["fitting_ratio", "prune_filters", "remove_zero_filters"]
 
 Kept = dict[str, Tensor]  # group -> units that stay
 
@@ -54,9 +48,9 @@ def prune_filters(
     images are at hand, :func:`sparsight.compress.prune_channels` loses less before that.
 
     Pruned are the inner channels: those that one layer produces. What several layers add to, a
-    residual stream, keeps its width, as in the published scripts. A channel that is constant, as
-    that of a filter set to zero, is not lost: what it adds to the layers that read it moves into
-    their biases or norms.
+    residual stream, keeps its width, as in the published scripts. What a filter of zeros still
+    emits, through its bias and norm, is not lost: it moves into the biases or norms of the layers
+    that read it.
 
     Args:
         model: a dense model in any mode; not changed.
@@ -75,8 +69,9 @@ def prune_filters(
             wherever they are, each compared by its importance over the mean of its group; one unit
             of a group always stays.
         round_to: counts of channels are rounded up to multiples of it, for the kernels compute in
-            vectors: 8 or 16 are better than the default 1 where time counts. A group of fewer
-            channels keeps all of them.
+            vectors: 8 or 16 are better than the default 1 where time counts. Groups of fewer than
+            eight times as many channels get the largest power of two that leaves them eight steps:
+            2 for 16 channels, 4 for 32, 8 for 64.
         where: where(qualified name, module) -> bool for the layers that produce channels; a group
             is pruned if it is True for all of them. Default: all.
         prunes_stream: also prune what several layers produce. Default False.
@@ -119,8 +114,25 @@ def prune_filters(
         assert ratio is not None
         kept = _keep_at(ratio, chosen, ranks, scope, round_to)
     else:
-        kept = _keep_for(speedup, model, example, chosen, ranks, scope, round_to)
+        kept = _keep_for(speedup, model, example, chosen, ranks, scope, round_to)[1]
     return _without(model, example, chosen, kept)
+
+
+def fitting_ratio(model: nn.Module, example: Any, *, speedup: float) -> float:
+    """Return the smallest common ratio at which `prune_filters` reaches a speed-up.
+
+    Args:
+        model: as for `prune_filters`; its weights do not matter.
+        example: of the shape to count at.
+        speedup: how many times fewer multiply-adds, at least 1.
+
+    Raises:
+        ValueError: as `prune_filters`.
+    """
+    _check_arguments(None, speedup, "layer", 1)
+    chosen = _chosen_groups(model, find_channel_groups(model, example), None, None, False)
+    ranks = {group.name: torch.zeros(group.channels) for group in chosen}
+    return _keep_for(speedup, model, example, chosen, ranks, "layer", 1)[0]
 
 
 def remove_zero_filters(model: nn.Module, example: Any) -> nn.Module:
@@ -142,14 +154,20 @@ def remove_zero_filters(model: nn.Module, example: Any) -> nn.Module:
     groups = [group for group in find_channel_groups(model, example) if group.removable]
     kept = {}
     for group in groups:
-        zero = torch.ones(group.channels, dtype=torch.bool)
-        for name in group.producers:
-            silent = ~filters_of(model.get_submodule(name)).any(1).cpu()
-            zero &= silent[torch.tensor(group.of(name, "out").units)].all(1)
+        zero = _silent_units(model, group)
         if zero.all():
             zero[0] = False
         kept[group.name] = (~zero).nonzero().flatten()
     return _without(model, example, groups, kept)
+
+
+def _silent_units(model: nn.Module, group: ChannelGroup) -> Tensor:
+    """Which units have nothing but zeros in the filters of all layers that produce them."""
+    silent = torch.ones(group.channels, dtype=torch.bool)
+    for name in group.producers:
+        zero = ~filters_of(model.get_submodule(name)).any(1).cpu()
+        silent &= zero[torch.tensor(group.of(name, "out").units)].all(1)
+    return silent
 
 
 def _without(model: nn.Module, example: Any, groups: list[ChannelGroup], kept: Kept) -> nn.Module:
@@ -157,13 +175,14 @@ def _without(model: nn.Module, example: Any, groups: list[ChannelGroup], kept: K
     for parameter in smaller.parameters():
         parameter.grad = None
     removed: dict[str, list[int]] = {}
-    for group in groups:
-        gone = removed_units(group, kept[group.name])
-        for name in group.consumers:
-            units = group.of(name, "in").units
-            removed.setdefault(name, []).extend(i for unit in gone for i in units[unit])
-    has_values = not any(parameter.is_meta for parameter in model.parameters())
-    if has_values and any(removed.values()):
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        for group in groups:
+            silent = _silent_units(model, group)
+            gone = [i for i in removed_units(group, kept[group.name]) if silent[i]]
+            for name in group.consumers if gone else ():
+                units = group.of(name, "in").units
+                removed.setdefault(name, []).extend(i for unit in gone for i in units[unit])
+    if removed:
         with _evaluating(smaller):
             left = fold_constants(smaller, example, removed)
         if left:
@@ -312,8 +331,14 @@ def _keep_globally(
 
 def _strongest(group: ChannelGroup, rank: Tensor, count: int, round_to: int) -> Tensor:
     """The units that stay, ascending, as many as make a multiple of `round_to` channels."""
-    in_unit = max(1, group.members[0].width // group.channels)
-    step = math.lcm(in_unit, round_to) // in_unit
+    channels = group.of(group.producers[0], "out").width
+    in_unit = channels // group.channels
+    multiple = 1
+    while 2 * multiple <= round_to and 16 * multiple <= channels:
+        multiple *= 2
+    if 8 * round_to <= channels:
+        multiple = round_to
+    step = math.lcm(in_unit, multiple) // in_unit
     count = min(group.channels, math.ceil(count / step) * step)
     order = rank.argsort(stable=True)
     return order[group.channels - count :].sort().values
@@ -327,7 +352,7 @@ def _keep_for(
     ranks: dict[str, Tensor],
     scope: str,
     round_to: int,
-) -> Kept:
+) -> tuple[float, Kept]:
     """Search the smallest ratio that saves enough; counts fall in steps as it grows."""
     costs = _Costs(model, example, groups)
 
@@ -337,7 +362,7 @@ def _keep_for(
 
     low, high = 0.0, 1.0 - 1e-6
     if speedup == 1:
-        return gain(0.0)[1]
+        return 0.0, gain(0.0)[1]
     best, kept = gain(high)
     if best < speedup:
         raise ValueError(
@@ -352,7 +377,7 @@ def _keep_for(
             high, kept = middle, found
         else:
             low = middle
-    return kept
+    return high, kept
 
 
 class _Costs:

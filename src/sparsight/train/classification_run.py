@@ -11,16 +11,25 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from sparsight.compress import remove_zero_filters
+from sparsight.measure import count_macs
 from sparsight.nn.budget import settle_on_budget
-from sparsight.train.architecture import Architecture, build_dense
+from sparsight.train.architecture import Architecture, build_dense, pruned_architecture
 from sparsight.train.checkpoint import save_checkpoint, write_atomically
 from sparsight.train.classification_task import ClassificationTask
 from sparsight.train.data.augment import SeededView
 from sparsight.train.evaluate import measured_share
 from sparsight.train.evaluate_classification import score_classification
-from sparsight.train.initial_weights import initial_network
+from sparsight.train.filter_pruning import plan_filter_pruning
+from sparsight.train.initial_weights import initial_network, with_widths_of
 from sparsight.train.recipe import Recipe
-from sparsight.train.sampling import Method, Sampling, ShareWeights, plan
+from sparsight.train.sampling import (
+    ClassificationMethod,
+    Plan,
+    Sampling,
+    ShareWeights,
+    plan,
+)
 
 _NUM_SETTLING_IMAGES = 512
 
@@ -31,10 +40,12 @@ def run_classification(
     name: str,
     dense: Architecture,
     sampling: Sampling,
-    method: Method,
+    method: ClassificationMethod,
     budget: float | None,
     sampling_weight: float | None,
     weights: ShareWeights,
+    filter_ratio: float | None,
+    filter_norm_ratio: float,
     init: str | None,
     teacher: str | None,
     teacher_weight: float,
@@ -54,7 +65,9 @@ def run_classification(
         budget: share of the dense MACs.
         sampling_weight: fixed price instead.
         weights: what the fixed price is charged on.
-        init: weights to start from, see `initial_network`.
+        filter_ratio: of the methods "sfp" and "fpgm", see `plan_filter_pruning`.
+        filter_norm_ratio: of "fpgm".
+        init: weights to start from, see `initial_network`; of a pruned network the widths too.
         teacher: weights of a dense network to learn from; None for the labels alone.
         teacher_weight: see `ClassificationTask`.
         teacher_temperature: see `ClassificationTask`.
@@ -68,6 +81,7 @@ def run_classification(
 
     Raises:
         ValueError: the flags contradict each other, or weights are of another architecture.
+        ImportError: filters are to be pruned without the extra `sparsight[compress]`.
         FileNotFoundError: a file of weights is missing.
     """
     if method == "resized":
@@ -75,15 +89,26 @@ def run_classification(
             f"{name}: method='resized'; the transforms of this recipe fix the size of the images; "
             "pass --size, with a dense model, instead."
         )
-    planned = plan(
-        method=method,
-        sampling=sampling,
-        size=dense.size,
-        budget=budget,
-        sampling_weight=sampling_weight,
-        weights=weights,
-        dense=lambda: build_dense(dense),
-    )
+    full, dense = dense, with_widths_of(dense, init)
+    prunes = method in ("sfp", "fpgm")
+    if (prunes and sampling_weight is not None) or (not prunes and filter_ratio is not None):
+        raise ValueError(
+            f"{name}: method={method!r} with sampling_weight={sampling_weight} and "
+            f"filter_ratio={filter_ratio}; what is pruned has no price, and what is sampled no "
+            "filters to choose; drop one of them."
+        )
+    if method == "sfp" or method == "fpgm":
+        planned = Plan(sampling=None, objective=None, size=dense.size, settles=False)
+    else:
+        planned = plan(
+            method=method,
+            sampling=sampling,
+            size=dense.size,
+            budget=budget,
+            sampling_weight=sampling_weight,
+            weights=weights,
+            dense=lambda: build_dense(dense),
+        )
     architecture = dataclasses.replace(dense, sampling=planned.sampling)
     L.seed_everything(recipe.seed, verbose=False)
     network = initial_network(architecture, init)
@@ -91,12 +116,23 @@ def run_classification(
         network,
         architecture,
         objective=planned.objective,
-        teacher=None if teacher is None else initial_network(dense, teacher),
+        teacher=None if teacher is None else initial_network(full, teacher),
         teacher_weight=teacher_weight,
         teacher_temperature=teacher_temperature,
         lr=lr,
         weight_decay=weight_decay,
     )
+    example = torch.zeros(1, 3, *dense.size)
+    if method == "sfp" or method == "fpgm":
+        pruning = plan_filter_pruning(
+            method,
+            network,
+            example,
+            ratio=filter_ratio,
+            norm_ratio=filter_norm_ratio,
+            budget=budget,
+        )
+        recipe = dataclasses.replace(recipe, callbacks=[*recipe.callbacks, pruning])
     if not recipe.fit(task, resume=resume):
         return {}
 
@@ -117,6 +153,12 @@ def run_classification(
         batches = [images for images, _ in loader]
         shift, share = settle_on_budget(network, lambda: measured_share(network, batches), budget)
         result |= {"settling_shift": shift, "settled_share": share}
+    if prunes:
+        macs = count_macs(network, example).total
+        network = remove_zero_filters(network, example)
+        architecture = pruned_architecture(architecture, network)
+        assert isinstance(architecture, Architecture)
+        result["pruned_share"] = count_macs(network, example).total / macs
     path = recipe.out / "weights.safetensors"
     dataset = getattr(recipe.val_data, "name", None)  # what is drawn has none
     save_checkpoint(path, network, architecture, dataset=dataset)
