@@ -1,6 +1,7 @@
 """SFP and FPGM while training: when filters are chosen, what trains in between, what is left."""
 
 import io
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,6 +191,12 @@ def test_a_budget_becomes_the_ratio_that_meets_it():
 def test_flags_that_contradict_each_other_are_refused(method, flags, message):
     with pytest.raises(ValueError, match=message):
         plan_filter_pruning(method, resnet_cifar(8), IMAGE[:1], **flags)
+
+
+def test_what_is_missing_for_removal_is_told_before_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(ImportError, match=r"pip install \"sparsight\[compress\]\""):
+        plan_filter_pruning("sfp", resnet_cifar(8), IMAGE[:1], ratio=0.3)
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated")

@@ -75,7 +75,8 @@ def find_channel_groups(model: nn.Module, example: Any) -> list[ChannelGroup]:
         TypeError: the model is no module.
         ValueError: nothing in it is called that has channels; it is sampled or compiled.
 
-    Cost: one forward pass with autograd's graph, one pass for each group, and two copies.
+    Cost: three passes, one of them with autograd's graph, and two copies of the model; one or two
+    more passes for each group where autograd's graph misleads.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -277,13 +278,11 @@ def _join_own_blocks(model: nn.Module, graph: _Graph) -> None:
     for name, module in model.named_modules():
         if is_grouped(module):
             layer: Any = module
-            for side, width in (("in", layer.in_channels), ("out", layer.out_channels)):
-                block = width // layer.groups
-                for i in range(width):
-                    graph.joined.join(
-                        ("in", name, i // block * (layer.in_channels // layer.groups)),
-                        (side, name, i),
-                    )
+            deep, wide = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+            for i in range(layer.in_channels):
+                graph.joined.join(("in", name, i // deep * deep), ("in", name, i))
+            for i in range(layer.out_channels):
+                graph.joined.join(("in", name, i // wide * deep), ("out", name, i))
         elif isinstance(module, nn.GroupNorm):
             block = module.num_channels // module.num_groups
             for i in range(module.num_channels):
@@ -349,7 +348,9 @@ def _group(
     reason = next(
         (graph.troubles[name] for name in (*producers, *between) if name in graph.troubles), None
     )
-    widths = {(n, side): width_of(model.get_submodule(n), side) for n, side in places}
+    widths: dict[tuple[str, Side], int] = {
+        (n, side): width_of(model.get_submodule(n), side) for n, side in places
+    }
     alike = all(
         set(unit) == set(places) and all(len(unit[p]) == len(units[0][p]) for p in places)
         for unit in units
@@ -365,7 +366,7 @@ def _group(
         reason = "they are a single unit, of which one has to stay"
     members: tuple[Member, ...] = ()
     if alike:
-        lead = (first, "out")
+        lead: tuple[str, Side] = (first, "out")
         units = sorted(units, key=lambda unit: min(unit[lead]))
         members = tuple(
             Member(name, side, tuple(tuple(sorted(u[name, side])) for u in units), width)

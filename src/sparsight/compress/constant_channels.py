@@ -84,7 +84,8 @@ def fold_constants(
         call_with(model, example)
     left = []
     for name, by_channel in shifts.items():
-        shift, layer = by_channel.sum(1), readers[name]
+        shift = by_channel.sum(1)
+        layer: Any = readers[name]
         if not shift.any():
             continue
         norm: Any = model.get_submodule(behind[name]) if name in behind else None

@@ -426,8 +426,9 @@ class _Costs:
                 size, wide, deep = 1, layer.out_features, layer.in_features
             else:
                 size = math.prod(layer.kernel_size)
-                wide, deep = layer.out_channels, layer.in_channels
+                wide, deep = layer.out_channels, layer.in_channels // layer.groups
             wide -= out.get(name, 0)
-            deep = deep // layer.groups if is_grouped(layer) else deep - inputs.get(name, 0)
+            if not is_grouped(layer):  # its groups stay as deep as they are
+                deep -= inputs.get(name, 0)
             total += self.positions[name] * size * wide * deep
         return total

@@ -9,7 +9,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from sparsight.compress import fitting_ratio, norms_behind, weakest_filters
+from sparsight.compress import (
+    find_channel_groups,
+    fitting_ratio,
+    norms_behind,
+    weakest_filters,
+)
 from sparsight.compress.filter_importance import filters_of
 from sparsight.train.sampled_task import evaluating
 
@@ -198,6 +203,7 @@ def plan_filter_pruning(
     Raises:
         ValueError: neither or both of `ratio` and `budget`, or one out of range; `norm_ratio` with
             "sfp", or above the ratio; a budget that the other layers alone exceed.
+        ImportError: the extra `sparsight[compress]` is not installed.
     """
     if (ratio is None) == (budget is None):
         raise ValueError(
@@ -218,6 +224,7 @@ def plan_filter_pruning(
             f"{ratio:.3g}; it is the part of FPGM's filters that their norm decides; pass at most "
             "the ratio, with --method fpgm."
         )
+    find_channel_groups(model, example)  # what could not remove them is to fail before training
     with evaluating(model):
         norms = norms_behind(model, example)
     if method == "sfp":
