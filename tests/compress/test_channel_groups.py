@@ -1,6 +1,7 @@
 """Groups of channels: what is found, and that removing is the same as silencing."""
 
 import copy
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -309,3 +310,23 @@ def test_models_that_cannot_be_traced_are_refused():
         find_channel_groups("resnet18", IMAGE)
     with pytest.raises(ValueError, match="no convolution"):
         find_channel_groups(nn.ReLU(), IMAGE)
+
+
+def test_a_model_that_cannot_be_followed_is_refused(monkeypatch):
+    """Torch-Pruning divides by zero at ShuffleNet's views; a wrong example is not blamed on it."""
+    from torch_pruning.dependency import index_mapping
+
+    def fail(graph: object) -> None:
+        raise ZeroDivisionError("integer division or modulo by zero")
+
+    monkeypatch.setattr(index_mapping, "update_index_mapping", fail)
+    with pytest.raises(ValueError, match=r"cannot follow Conv2d \(ZeroDivisionError"):
+        find_channel_groups(nn.Conv2d(3, 2, 1), IMAGE)
+    with pytest.raises(RuntimeError, match="channels"):
+        find_channel_groups(nn.Conv2d(4, 2, 1), IMAGE)
+
+
+def test_a_missing_library_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(ImportError, match=r"pip install \"sparsight\[compress\]\""):
+        find_channel_groups(nn.Conv2d(3, 2, 1), IMAGE)

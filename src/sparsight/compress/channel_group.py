@@ -105,6 +105,7 @@ def keep_channels(model: nn.Module, group: ChannelGroup, keep: Tensor) -> None:
             another; no index, an index twice, or one out of range.
 
     Example:
+        >>> from sparsight.compress import find_channel_groups
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> keep_channels(net, find_channel_groups(net, torch.zeros(1, 3, 8, 8))[0],
         ...               torch.tensor([0, 5, 6]))

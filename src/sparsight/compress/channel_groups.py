@@ -73,7 +73,8 @@ def find_channel_groups(model: nn.Module, example: Any) -> list[ChannelGroup]:
     Raises:
         ImportError: Torch-Pruning is not installed.
         TypeError: the model is no module.
-        ValueError: nothing in it is called that has channels; it is sampled or compiled.
+        ValueError: nothing in it is called that has channels; it is sampled or compiled; Torch-
+            Pruning cannot follow it, as ShuffleNet.
 
     Cost: three passes, one of them with autograd's graph, and two copies of the model; one or two
     more passes for each group where autograd's graph misleads.
@@ -152,6 +153,7 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
     ends: list[Tensor] = []
     sources: dict[Any, str] = {}  # node of autograd's graph -> layer
     outputs: set[str] = set()
+    has_run: list[bool] = []
 
     def observe(name: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -171,6 +173,7 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
         with hooked(model, has_channels, observe):
             results = tensors_in(call_with(model, example))
         outputs.update(_reached(results, sources))
+        has_run.append(True)
         # Not what a detector makes of its layers' outputs: Torch-Pruning follows joining paths
         # again and again, which takes forever there.
         return ends
@@ -180,9 +183,18 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
     graph = pruning.DependencyGraph()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        graph.build_dependency(
-            model, example, forward_fn=forward, customized_pruners=known, verbose=False
-        )
+        try:
+            graph.build_dependency(
+                model, example, forward_fn=forward, customized_pruners=known, verbose=False
+            )
+        except Exception as error:
+            if not has_run:
+                raise  # the model's own, or a wrong example's
+            raise ValueError(
+                f"find_channel_groups: Torch-Pruning cannot follow {type(model).__name__} "
+                f"({type(error).__name__}: {error}); a model whose channels are not rearranged by "
+                "views, as in a shuffle, is required; prune a part of it."
+            ) from error
     if not called:
         raise ValueError(
             f"find_channel_groups: {type(model).__name__} calls no convolution and no linear layer "
