@@ -14,8 +14,18 @@ import sparsight
 from sparsight import measure, ops
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("convert", "measure", "models", "nn", "ops")
-HEAVY = ("lightning", "matplotlib", "onnx", "onnxruntime", "torchmetrics", "torchvision", "triton")
+ROOMS = ("compress", "convert", "measure", "models", "nn", "ops")
+HEAVY = (
+    "lightning",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "sklearn",
+    "torch_pruning",
+    "torchmetrics",
+    "torchvision",
+    "triton",
+)
 
 
 def run(code: str) -> str:

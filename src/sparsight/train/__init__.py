@@ -20,6 +20,7 @@ from sparsight.train.evaluate import Score, score
 from sparsight.train.evaluate_checkpoint import evaluate_checkpoint
 from sparsight.train.evaluate_classification import ClassificationScore, score_classification
 from sparsight.train.evaluate_detection import DetectionScore, score_detector
+from sparsight.train.filter_pruning import FilterPruning
 from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampled_task import SampledTask
@@ -36,6 +37,7 @@ __all__ = [
     "DetectionTask",
     "DetectorArchitecture",
     "Distillation",
+    "FilterPruning",
     "Hardware",
     "Plan",
     "Recipe",

@@ -11,6 +11,7 @@ from torch import nn
 from sparsight.nn.budget import ShareWeights
 from sparsight.train.hardware import Hardware
 from sparsight.train.sampling import (
+    ClassificationMethod,
     InterpolationKind,
     Layout,
     Method,
@@ -26,7 +27,8 @@ class SamplingFlags:
     """What a run is to compute, and at what price; `sampling_flags` makes it of a recipe's flags.
 
     Attributes:
-        method: the paper's, or a baseline; see `plan`.
+        method: the paper's, or a baseline; see `plan`. "sfp" and "fpgm" prune filters, see
+            `plan_filter_pruning`, and are for classification.
         sampling: how the dense model is converted.
         budget: share of the dense MACs; None for none.
         sampling_weight: fixed price instead; None for none.
@@ -34,7 +36,7 @@ class SamplingFlags:
         anneal_share: part of the run in which the temperature falls, in (0, 1].
     """
 
-    method: Method
+    method: ClassificationMethod
     sampling: Sampling
     budget: float | None
     sampling_weight: float | None
@@ -42,7 +44,12 @@ class SamplingFlags:
     anneal_share: float
 
     def plan(self, *, size: tuple[int, int], dense: Callable[[], nn.Module]) -> Plan:
-        """Return what the run trains; arguments and errors as of `sparsight.train.plan`."""
+        """Return what the run trains; arguments and errors as of `sparsight.train.plan`.
+
+        Where filters are pruned that is the dense model: what is pruned is seen to elsewhere.
+        """
+        if self.method == "sfp" or self.method == "fpgm":
+            return Plan(sampling=None, objective=None, size=size, settles=False)
         return plan(
             method=self.method,
             sampling=self.sampling,
