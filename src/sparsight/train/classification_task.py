@@ -27,7 +27,7 @@ class ClassificationTask(SampledTask):
     """Trains a classifier, dense or sampled, on (images, classes).
 
     Args:
-        model: (B, 3, H, W) -> (B, K) logits.
+        model: (B, 3, H, W), or clips (B, 1, T, H, W), -> (B, K) logits.
         architecture: as for `SampledTask`.
         teacher: a model of the same contract that is learnt from, usually the dense network that
             `model` was made of; None for the labels alone. It is run in eval mode and is not saved
