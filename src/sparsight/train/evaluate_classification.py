@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsight.train.channels_last import channels_last
+from sparsight.nn.channels_last import channels_last
 from sparsight.train.classification_task import top_k_accuracies
 from sparsight.train.tally import ComputeTally
 

@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, Dataset
 
+from sparsight.nn.channels_last import put_channels_last
 from sparsight.train.annealing import TemperatureAnnealing
-from sparsight.train.channels_last import put_channels_last
 from sparsight.train.checkpoint import AtomicCheckpointIO
 from sparsight.train.data.augment import (
     EpochSampler,

@@ -21,9 +21,9 @@ from sparsight.nn.budget import (
     sampler_levels,
     share_pull,
 )
+from sparsight.nn.channels_last import channels_last
 from sparsight.train.annealing import warmup_cosine
 from sparsight.train.architecture import AnyArchitecture
-from sparsight.train.channels_last import channels_last
 from sparsight.train.processes import is_distributed, reduce_over_processes
 
 _NUM_MEASURED_BATCHES = 4
