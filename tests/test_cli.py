@@ -10,7 +10,7 @@ from PIL import Image
 from sparsight.cli import find_recipe, load_recipe, main, normalise_flags
 from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
 from sparsight.train.checkpoint import read_dataset, save_checkpoint
-from sparsight.train.data import SyntheticScenes
+from sparsight.train.data import SyntheticScenes, moving_shapes
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +99,47 @@ def test_a_profile_of_a_classifier_names_the_layers(tmp_path, capsys):
     save_checkpoint(weights, convert(build_dense(architecture), architecture), architecture)
     assert main(["profile", str(weights)]) == 0
     assert "layer3.0" in capsys.readouterr().out
+
+
+def test_a_model_with_other_poolings_is_trained_and_scored_frozen(data, tmp_path):
+    flags = ["--data", str(data), "--size", "32x48", "--fpn-channels", "8", "--head-channels", "8"]
+    flags += ["--quick", "--progress-bar", "false", "--pooling", "soft", "--pools-strides"]
+    assert main(["train", RECIPE, *flags, "--out", str(tmp_path)]) == 0
+    trained = json.loads((tmp_path / "result.json").read_text())
+    weights, out = str(tmp_path / "weights.safetensors"), tmp_path / "scores.json"
+    flags = ["--data", str(data), "--latency", "false", "--out", str(out)]
+    assert main(["evaluate", weights, *flags]) == 0
+    result = json.loads(out.read_text())
+    assert result["architecture"] == trained["architecture"]
+    assert result["architecture"]["pools_strides"] and result["frozen"]
+    assert result["scores"][0]["macs_total"] == trained["macs_total"]
+    assert result["scores"][0]["miou"] == pytest.approx(trained["miou"], abs=1e-3)
+
+
+def test_a_model_of_clips_is_scored_and_profiled_without_a_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(moving_shapes._NUM_CLIPS, "val", 4)
+    architecture = Architecture(
+        model="small_c3d",
+        num_classes=8,
+        backbone=None,
+        fpn_channels=None,
+        head_channels=None,
+        size=(16, 16),
+        pooling="soft",
+    )
+    weights = tmp_path / "weights.safetensors"
+    save_checkpoint(weights, build_dense(architecture), architecture, dataset="moving_shapes")
+    out = tmp_path / "scores.json"
+    assert main(["evaluate", str(weights), "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert (result["dataset"], result["metric"]) == ("moving_shapes", "top1")
+    assert result["architecture"]["pooling"] == "soft"
+    assert [row["name"] for row in result["latency"]["rows"]][1] == "dense, frozen"
+    capsys.readouterr()
+    assert main(["profile", str(weights)]) == 0
+    assert re.search(r"pool1 +SoftPool3d", capsys.readouterr().out)
+    assert main(["profile", str(weights), "--image", "x.png"]) == 1
+    assert "image='x.png' was given for a model of clips" in capsys.readouterr().err
 
 
 def test_masks_are_drawn(trained, data, tmp_path):

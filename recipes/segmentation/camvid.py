@@ -8,6 +8,7 @@ from typing import Any, Literal
 from sparsight.train.architecture import Architecture, build_dense
 from sparsight.train.data import CamVid, SyntheticScenes, evaluation_transform, training_transform
 from sparsight.train.distillation import shared_flags
+from sparsight.train.pooling import PoolingKind
 from sparsight.train.recipe import Recipe
 from sparsight.train.segmentation_run import train_segmentation
 
@@ -21,6 +22,8 @@ def camvid(
     is_deformable: bool = False,
     fpn_channels: int = 48,
     head_channels: int = 48,
+    pooling: PoolingKind = "own",
+    pools_strides: bool = False,
     size: tuple[int, int] = (240, 320),
     epochs: int = 40,
     batch_size: int = 8,
@@ -59,6 +62,10 @@ def camvid(
         is_deformable: semantic FPN with deformable stages 2 to 4 (resnet50 only).
         fpn_channels: width of the pyramid. 48 keeps most MACs in a small backbone.
         head_channels: width of the segmentation branch.
+        pooling: kind of the poolings, "max", "average" or "soft"; "own" is a ResNet's max pooling
+            in the stem.
+        pools_strides: convolutions that step become ones of stride 1 with such a pooling behind
+            them, which costs more multiply-adds.
         size: height and width of the images in pixels, as 240x320. Scores are counted at the
             annotations' own size.
         epochs: passes over the training images.
@@ -115,6 +122,8 @@ def camvid(
         fpn_channels=fpn_channels if is_fpn else None,
         head_channels=head_channels if is_fpn else None,
         size=size,
+        pooling=pooling,
+        pools_strides=pools_strides,
     )
     planned = flags.plan(size=size, dense=lambda: build_dense(dense))
     recipe = Recipe(

@@ -31,8 +31,9 @@ written 240x320. --traceback anywhere shows where an error came from.
 def evaluate(
     checkpoint: str,
     *,
-    data: str,
-    dataset: Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco"] | None = None,
+    data: str | None = None,
+    dataset: Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco", "moving_shapes"]
+    | None = None,
     split: Literal["train", "val"] = "val",
     size: tuple[int, int] | None = None,
     frozen: bool = True,
@@ -43,11 +44,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a checkpoint: metric, MACs, and milliseconds frozen against its dense form.
 
-    The metric is mIoU on CamVid and Cityscapes, top-1 on CIFAR-10 and ImageNet, AP on COCO.
+    The metric is mIoU on CamVid and Cityscapes, top-1 on CIFAR-10, ImageNet and the moving shapes,
+    AP on COCO.
 
     Args:
         checkpoint: weights.safetensors of a training run.
-        data: folder of the data set, in the layout that its recipe expects.
+        data: folder of the data set, in the layout that its recipe expects; left out for
+            moving_shapes, which are drawn.
         dataset: which one it is; default: what the checkpoint says.
         split: which images; "val" is CIFAR-10's test set.
         size: height and width in pixels, as 240x320; default: those of training. A smaller one is
@@ -97,7 +100,7 @@ def profile(
         checkpoint: weights.safetensors of a training run.
         size: height and width in pixels, as 240x320; default: those of training. For a detector:
             shorter side, and the bound on the longer.
-        image: picture to run on; default: a drawn street scene. Densities depend on it.
+        image: picture to run on; default: a drawn street scene, or clip. Densities depend on it.
         choose: "measured" runs the layers dense that are faster so on this picture, which changes
             what they return; below the table stands what both forms of each took. Default: none.
     """
@@ -112,6 +115,8 @@ def profile(
     if architecture.task == "detection":  # it resizes and normalises by itself
         shorter, bound = architecture.size
         x = [_pixels(image, (shorter, min(bound, shorter * 4 // 3))).float() / 255]
+    elif architecture.task == "video":
+        x = _clip(image, architecture.size)
     else:
         x = _picture(image, architecture.size)
     frozen = freeze(model.eval(), example=x, choose=choose)
@@ -303,6 +308,20 @@ def _picture(path: str | None, size: tuple[int, int]) -> torch.Tensor:
 
     picture = normalised_picture(_pixels(path, size), size)[None]
     return picture.contiguous(memory_format=torch.channels_last)
+
+
+def _clip(path: str | None, size: tuple[int, int]) -> torch.Tensor:
+    """A drawn clip as models for clips take it."""
+    from sparsight.nn.channels_last import channels_last
+    from sparsight.train.data.moving_shapes import clip_transform, draw_clip
+
+    if path is not None:
+        raise ValueError(
+            f"profile: image={path!r} was given for a model of clips; a drawn clip is used, and no "
+            "picture is read; leave --image out."
+        )
+    clip, _ = clip_transform()(draw_clip(0, size=size, num_frames=8, seed=0), 0)
+    return channels_last(clip[None])
 
 
 def _pixels(path: str | None, size: tuple[int, int]) -> torch.Tensor:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sparsight.convert import freeze
@@ -19,6 +18,7 @@ from sparsight.measure import (
     measure_latency,
 )
 from sparsight.nn import set_seed
+from sparsight.nn.channels_last import put_channels_last
 from sparsight.train.architecture import AnyArchitecture, at_size, build_dense
 from sparsight.train.checkpoint import load_checkpoint
 from sparsight.train.evaluation_data import (
@@ -32,7 +32,7 @@ from sparsight.train.evaluation_data import (
 def evaluate_checkpoint(
     checkpoint: str | Path,
     *,
-    data: str | Path,
+    data: str | Path | None = None,
     dataset: DatasetName | None = None,
     split: Split = "val",
     size: tuple[int, int] | None = None,
@@ -45,7 +45,7 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: a file that `save_checkpoint` wrote.
-        data: folder of the data set.
+        data: folder of the data set; None for one that is drawn.
         dataset: which; default: what the checkpoint says, see `dataset_of`.
         split: which images.
         size: of the input, see `at_size`; default: that of training.
@@ -190,7 +190,8 @@ def latency_rows(
     own = dense.state_dict()  # what a detector's heads cost depends on what is found
     dense.load_state_dict({key: value for key, value in model.state_dict().items() if key in own})
     frozen = freeze(model, example=example) if frozen is None else frozen
-    candidates = {"dense, eager channels-last": dense.to(memory_format=torch.channels_last)}
+    put_channels_last(dense)
+    candidates = {"dense, eager channels-last": dense}
     if architecture.sampling is None:
         candidates["dense, frozen"] = frozen
     else:
