@@ -29,6 +29,8 @@ def test_json_gives_the_same_architecture_back():
     [
         ("semantic_fpn", "segmentation"),
         ("deeplabv3_resnet50", "segmentation"),
+        ("frrn_b", "segmentation"),
+        ("light_weight_refinenet", "segmentation"),
         ("resnet", "classification"),
         ("resnet_cifar", "classification"),
     ],
@@ -36,6 +38,12 @@ def test_json_gives_the_same_architecture_back():
 def test_a_model_says_what_it_is_for(model, task):
     assert replace(SMALL, model=model).task == task
     assert DETECTOR.task == "detection"
+
+
+def test_json_of_before_there_were_other_widths_is_read():
+    values = SMALL.to_json()
+    del values["channels"]
+    assert Architecture.from_json(values) == SMALL
 
 
 def test_json_of_another_version_is_refused():

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
 from sparsight.models import (
     faster_rcnn,
+    frrn_a,
+    frrn_b,
+    light_weight_refinenet,
+    refinenet,
     resnet_cifar,
     semantic_fpn,
     torchvision_resnet,
@@ -17,12 +21,23 @@ from sparsight.models import (
 )
 from sparsight.train.sampling import Sampling, apply_sampling
 
-ModelName = Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50", "resnet", "resnet_cifar"]
+SegmentationModel = Literal[
+    "semantic_fpn",
+    "fcn_resnet50",
+    "deeplabv3_resnet50",
+    "frrn_a",
+    "frrn_b",
+    "refinenet",
+    "light_weight_refinenet",
+]
+ModelName = SegmentationModel | Literal["resnet", "resnet_cifar"]
 Task = Literal["segmentation", "classification", "detection"]
 Backbone = Literal[
     "resnet18",
     "resnet34",
     "resnet50",
+    "resnet101",
+    "resnet152",
     "resnext50_32x4d",
     "resnet20",
     "resnet32",
@@ -37,16 +52,19 @@ class Architecture:
     """A model for segmentation or classification.
 
     Attributes:
-        model: "semantic_fpn", or torchvision's "fcn_resnet50" or "deeplabv3_resnet50"; for
-            classes of whole images "resnet", torchvision's, or "resnet_cifar".
+        model: "semantic_fpn", "frrn_a", "frrn_b", "refinenet", "light_weight_refinenet", or
+            torchvision's "fcn_resnet50" or "deeplabv3_resnet50"; for classes of whole images
+            "resnet", torchvision's, or "resnet_cifar".
         num_classes: classes without the ignored one.
-        backbone: ResNet of the semantic FPN, or which ResNet classifies: "resnet20" to "resnet110"
-            are those for CIFAR. None for torchvision's segmentation models.
+        backbone: ResNet of the semantic FPN and of RefineNet, or which ResNet classifies:
+            "resnet20" to "resnet110" are those for CIFAR. None for the other segmentation models.
         is_dilated: semantic FPN with dilation 2 and 4 in the last stages (bottlenecks only).
         is_deformable: semantic FPN with deformable 3x3 convolutions in stages 2 to 4 (resnet50
             only).
-        fpn_channels: width of the pyramid; None for torchvision's models.
-        head_channels: width of the segmentation branch; None for torchvision's models.
+        fpn_channels: width of the pyramid; None for other models.
+        head_channels: width of the segmentation branch; None for other models.
+        channels: width of FRRN's stem, or of RefineNet's decoder; None for the published one, and
+            for other models.
         size: (height, width) in pixels that the images were resized to.
         sampling: None for a dense model.
     """
@@ -58,6 +76,7 @@ class Architecture:
     is_deformable: bool = False
     fpn_channels: int | None = 48
     head_channels: int | None = 48
+    channels: int | None = None
     size: tuple[int, int] = (240, 320)
     sampling: Sampling | None = None
 
@@ -158,7 +177,7 @@ class DetectorArchitecture:
 
 
 AnyArchitecture = Architecture | DetectorArchitecture
-_ADDED_LATER = {"is_deformable"}
+_ADDED_LATER = {"is_deformable", "channels"}
 
 
 def architecture_from_json(values: dict[str, Any]) -> AnyArchitecture:
@@ -230,15 +249,23 @@ def build_dense(architecture: AnyArchitecture) -> nn.Module:
         assert architecture.backbone in ("resnet18", "resnet34", "resnet50")
         return torchvision_resnet(architecture.backbone, num_classes=architecture.num_classes)
     if architecture.model == "semantic_fpn":
-        backbone = architecture.backbone
-        assert backbone in ("resnet18", "resnet34", "resnet50", "resnext50_32x4d")
         return semantic_fpn(
-            backbone,
+            cast(Any, architecture.backbone),  # it says which ones it takes
             num_classes=architecture.num_classes,
             is_dilated=architecture.is_dilated,
             is_deformable=architecture.is_deformable,
             fpn_channels=architecture.fpn_channels or 256,
             head_channels=architecture.head_channels or 128,
+        )
+    if architecture.model in ("frrn_a", "frrn_b"):
+        build = frrn_a if architecture.model == "frrn_a" else frrn_b
+        return build(architecture.num_classes, channels=architecture.channels or 48)
+    if architecture.model in ("refinenet", "light_weight_refinenet"):
+        build = refinenet if architecture.model == "refinenet" else light_weight_refinenet
+        return build(
+            architecture.num_classes,
+            backbone=cast(Any, architecture.backbone),
+            channels=architecture.channels or 256,
         )
     return torchvision_segmentation(architecture.model, num_classes=architecture.num_classes)
 

@@ -14,6 +14,7 @@ from sparsight.train.checkpoint import load_checkpoint, save_checkpoint, write_a
 from sparsight.train.evaluate import measured_share, score
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import Plan
+from sparsight.train.segmentation_choices import Loss, pixel_loss
 from sparsight.train.tasks import SegmentationTask
 
 _SETTLING_STRIDE = 4  # every fourth validation batch finds the level that meets the budget
@@ -28,6 +29,7 @@ def train_segmentation(
     budget: float | None,
     lr: float,
     init: str | None = None,
+    loss: Loss = "cross_entropy",
     teacher: str | None = None,
     resume: bool = False,
     details: dict[str, Any] | None = None,
@@ -43,6 +45,8 @@ def train_segmentation(
         budget: share of the dense MACs, for the result and where `planned.settles`.
         lr: peak learning rate.
         init: checkpoint to start from.
+        loss: over the pixels: "cross_entropy", or "bootstrapped", of the worst sixteenth of each
+            image.
         teacher: checkpoint of a dense model to learn from.
         resume: go on from the recipe's folder.
         details: further entries of the result.
@@ -69,6 +73,7 @@ def train_segmentation(
         network,
         architecture,
         ignore_index=data.ignore_index,
+        pixel_loss=pixel_loss(loss, ignore_index=data.ignore_index),
         objective=planned.objective,
         lr=lr,
         teacher=learnt_from,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class SegmentationTask(SampledTask):
         model: (B, 3, H, W) -> {"out": (B, K, H, W) logits}.
         architecture: as for `SampledTask`.
         ignore_index: label of the pixels that do not count.
+        pixel_loss: (logits, class maps) -> scalar, the mean over the batch, instead of the
+            cross-entropy over its pixels; None for that.
         teacher: a model of the same contract that is learnt from, usually the dense network that
             `model` was made of; None for the annotations alone. It is run in eval mode and is not
             saved with the training state.
@@ -53,6 +56,7 @@ class SegmentationTask(SampledTask):
         architecture: Architecture,
         *,
         ignore_index: int,
+        pixel_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         teacher: nn.Module | None = None,
         teacher_weight: float = 1.0,
         **options: Any,
@@ -60,6 +64,7 @@ class SegmentationTask(SampledTask):
         super().__init__(model, architecture, **options)
         # In a tuple: a child would be trained, saved, and set to training mode.
         self._teacher = None if teacher is None else (teacher.eval().requires_grad_(False),)
+        self.pixel_loss = pixel_loss
         self.teacher_weight = teacher_weight
         self.ignore_index = ignore_index
         self.confusion = MulticlassConfusionMatrix(
@@ -67,12 +72,15 @@ class SegmentationTask(SampledTask):
         )
 
     def task_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the cross-entropy over the pixels that count, and the divergence of all."""
+        """Return the loss over the pixels that count, and the divergence of all."""
         images = self.inputs_of(batch)
         logits = self.model(images)["out"].float()
-        loss = F.cross_entropy(
-            logits, batch[1], ignore_index=self.ignore_index, reduction="sum"
-        ) / self._mean_num_pixels(batch[1])
+        if self.pixel_loss is None:
+            loss = F.cross_entropy(
+                logits, batch[1], ignore_index=self.ignore_index, reduction="sum"
+            ) / self._mean_num_pixels(batch[1])
+        else:
+            loss = self.pixel_loss(logits, batch[1])
         if self._teacher is None:
             return loss
         teacher = self._teacher[0].to(images.device)
