@@ -2,7 +2,8 @@
 
 Enters: a dense model, a data set and a budget. Leaves: a sampled model that keeps to the budget, on
 disk as safetensors with its architecture, and its score. May import: measure, convert, models, nn
-and below. Needs the extra `sparsight[train]`; `pictures` needs `sparsight[report]` too.
+and below. Needs the extra `sparsight[train]`; `pictures`, and with it `draw_checkpoint` and
+`predict_checkpoint`, needs `sparsight[report]` too.
 """
 
 from sparsight.nn.budget import BudgetController, SamplingPrice, settle_on_budget
@@ -14,6 +15,7 @@ from sparsight.train.annealing import (
 from sparsight.train.architecture import Architecture, DetectorArchitecture
 from sparsight.train.average_precision import AveragePrecision, average_precision
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
+from sparsight.train.dense_inference import DenseInference
 from sparsight.train.detection_task import DetectionTask
 from sparsight.train.evaluate import Score, score
 from sparsight.train.evaluate_checkpoint import evaluate_checkpoint
@@ -30,6 +32,7 @@ __all__ = [
     "AveragePrecision",
     "BudgetController",
     "ClassificationScore",
+    "DenseInference",
     "DetectionScore",
     "DetectionTask",
     "DetectorArchitecture",
