@@ -163,6 +163,17 @@ def test_results_that_cannot_be_written_are_one_line(trained, data, tmp_path, ca
     assert error.startswith("sparsight: error: ") and "file" in error and "Traceback" not in error
 
 
+def test_pictures_are_predicted(trained, data, tmp_path, capsys):
+    weights = str(trained / "weights.safetensors")
+    flags = ["--images", str(data / "val"), "--out", str(tmp_path), "--scales", "0.5,1", "--flip"]
+    assert main(["predict", weights, *flags, "--window", "64x64", "--overlap", "8"]) == 0
+    names = [f"scene{i}_{kind}.png" for i in range(3) for kind in ("labels", "overlay")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in names]
+    assert main(["predict", weights, "--images", "nowhere"]) == 1
+    assert "'nowhere' does not exist" in capsys.readouterr().err
+
+
 def test_an_image_that_is_not_there_is_named(trained, data, tmp_path, capsys):
     arguments = [str(trained / "weights.safetensors"), "--data", str(data), "--images", "[7]"]
     assert main(["masks", *arguments, "--out", str(tmp_path)]) == 1
@@ -245,6 +256,8 @@ def test_flags_may_be_written_as_people_write_them():
         "--lr",
         "1e-3",
     ]
+    given = ["--scales", "0.75,1,1.25", "--images=0,2", "a,b", "1.2.3"]
+    assert normalise_flags(given) == ["--scales", "[0.75,1,1.25]", "--images=[0,2]", "a,b", "1.2.3"]
     assert normalise_flags(["--quick", "--help"]) == ["--quick", "true", "--help"]
 
 
@@ -257,7 +270,7 @@ def test_unknown_commands_and_flags_are_refused(capsys):
     assert "wings" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["evaluate", "profile", "masks", "demo"])
+@pytest.mark.parametrize("command", ["evaluate", "profile", "masks", "predict", "demo"])
 def test_every_command_explains_its_flags(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

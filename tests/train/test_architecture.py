@@ -32,6 +32,8 @@ def test_json_gives_the_same_architecture_back():
     [
         ("semantic_fpn", "segmentation"),
         ("deeplabv3_resnet50", "segmentation"),
+        ("frrn_b", "segmentation"),
+        ("light_weight_refinenet", "segmentation"),
         ("resnet", "classification"),
         ("resnet_cifar", "classification"),
         ("small_c3d", "video"),
@@ -63,9 +65,10 @@ def test_a_pruned_architecture_is_rebuilt_as_narrow_as_it_is():
     assert pruned_architecture(cifar, build_dense(cifar)) == cifar
 
 
-def test_json_written_before_widths_were_recorded_is_read():
+@pytest.mark.parametrize("field", ["widths", "channels"])
+def test_json_of_before_there_were_other_widths_is_read(field):
     values = SMALL.to_json()
-    del values["widths"]
+    del values[field]
     assert Architecture.from_json(values) == SMALL
 
 

@@ -4,6 +4,7 @@ Enters: dense maps, and convolutions or residual blocks to wrap. Leaves: modules
 contract, and the decisions they make. May import `sparsight.ops`; no other room.
 """
 
+from sparsight.nn.conv_pair import ConvPair
 from sparsight.nn.deform_block import DeformableBlock
 from sparsight.nn.deform_conv import DeformableConv2d
 from sparsight.nn.interpolation import (
@@ -29,6 +30,7 @@ __all__ = [
     "AdaptiveSoftPool2d",
     "AveragePoolInterpolation",
     "ConvInterpolation",
+    "ConvPair",
     "DeformableBlock",
     "DeformableConv2d",
     "NearestInterpolation",

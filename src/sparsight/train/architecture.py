@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
 from sparsight.compress import narrow, shapes_of
 from sparsight.models import (
     faster_rcnn,
+    frrn_a,
+    frrn_b,
+    light_weight_refinenet,
+    refinenet,
     resnet_cifar,
     semantic_fpn,
     small_c3d,
@@ -20,14 +24,23 @@ from sparsight.models import (
 from sparsight.train.pooling import PoolingKind, apply_pooling
 from sparsight.train.sampling import Sampling, apply_sampling
 
-ModelName = Literal[
-    "semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50", "resnet", "resnet_cifar", "small_c3d"
+SegmentationModel = Literal[
+    "semantic_fpn",
+    "fcn_resnet50",
+    "deeplabv3_resnet50",
+    "frrn_a",
+    "frrn_b",
+    "refinenet",
+    "light_weight_refinenet",
 ]
+ModelName = SegmentationModel | Literal["resnet", "resnet_cifar", "small_c3d"]
 Task = Literal["segmentation", "classification", "detection", "video"]
 Backbone = Literal[
     "resnet18",
     "resnet34",
     "resnet50",
+    "resnet101",
+    "resnet152",
     "resnext50_32x4d",
     "resnet8",
     "resnet14",
@@ -44,17 +57,20 @@ class Architecture:
     """A model for segmentation, or for classes of whole images or clips.
 
     Attributes:
-        model: "semantic_fpn", or torchvision's "fcn_resnet50" or "deeplabv3_resnet50"; for
-            classes of whole images "resnet", torchvision's, or "resnet_cifar"; for those of grey
-            clips "small_c3d".
+        model: "semantic_fpn", "frrn_a", "frrn_b", "refinenet", "light_weight_refinenet", or
+            torchvision's "fcn_resnet50" or "deeplabv3_resnet50"; for classes of whole images
+            "resnet", torchvision's, or "resnet_cifar"; for those of grey clips "small_c3d".
         num_classes: classes without the ignored one.
-        backbone: ResNet of the semantic FPN, or which ResNet classifies: "resnet20" to "resnet110"
-            are those for CIFAR. None for torchvision's segmentation models and for clips.
+        backbone: ResNet of the semantic FPN and of RefineNet, or which ResNet classifies:
+            "resnet20" to "resnet110" are those for CIFAR. None for the other segmentation models
+            and for clips.
         is_dilated: semantic FPN with dilation 2 and 4 in the last stages (bottlenecks only).
         is_deformable: semantic FPN with deformable 3x3 convolutions in stages 2 to 4 (resnet50
             only).
-        fpn_channels: width of the pyramid; None for all but the semantic FPN.
-        head_channels: width of the segmentation branch; None for all but the semantic FPN.
+        fpn_channels: width of the pyramid; None for other models.
+        head_channels: width of the segmentation branch; None for other models.
+        channels: width of FRRN's stem, or of RefineNet's decoder; None for the published one, and
+            for other models.
         size: (height, width) in pixels that the images were resized to.
         pooling: kind of the poolings, but for the global one; "own" are those that the model was
             written with. See `apply_pooling`.
@@ -71,6 +87,7 @@ class Architecture:
     is_deformable: bool = False
     fpn_channels: int | None = 48
     head_channels: int | None = 48
+    channels: int | None = None
     size: tuple[int, int] = (240, 320)
     pooling: PoolingKind = "own"
     pools_strides: bool = False
@@ -178,7 +195,7 @@ class DetectorArchitecture:
 
 
 AnyArchitecture = Architecture | DetectorArchitecture
-_ADDED_LATER = {"is_deformable", "pooling", "pools_strides", "widths"}
+_ADDED_LATER = {"is_deformable", "channels", "pooling", "pools_strides", "widths"}
 _LEAST_SIDE = 8  # of an input, in pixels: below, resizing and strides of 32 leave nothing to see
 
 
@@ -284,15 +301,23 @@ def _build_with_own_pooling(architecture: Architecture) -> nn.Module:
         assert architecture.backbone in ("resnet18", "resnet34", "resnet50")
         return torchvision_resnet(architecture.backbone, num_classes=architecture.num_classes)
     if architecture.model == "semantic_fpn":
-        backbone = architecture.backbone
-        assert backbone in ("resnet18", "resnet34", "resnet50", "resnext50_32x4d")
         return semantic_fpn(
-            backbone,
+            cast(Any, architecture.backbone),  # it says which ones it takes
             num_classes=architecture.num_classes,
             is_dilated=architecture.is_dilated,
             is_deformable=architecture.is_deformable,
             fpn_channels=architecture.fpn_channels or 256,
             head_channels=architecture.head_channels or 128,
+        )
+    if architecture.model in ("frrn_a", "frrn_b"):
+        build = frrn_a if architecture.model == "frrn_a" else frrn_b
+        return build(architecture.num_classes, channels=architecture.channels or 48)
+    if architecture.model in ("refinenet", "light_weight_refinenet"):
+        build = refinenet if architecture.model == "refinenet" else light_weight_refinenet
+        return build(
+            architecture.num_classes,
+            backbone=cast(Any, architecture.backbone),
+            channels=architecture.channels or 256,
         )
     return torchvision_segmentation(architecture.model, num_classes=architecture.num_classes)
 

@@ -9,9 +9,11 @@ numpy, PIL.
 from sparsight.train.data.augment import (
     EpochSampler,
     SeededView,
+    Transform,
     evaluation_transform,
     training_transform,
 )
+from sparsight.train.data.augment_frrn import frrn_transform
 from sparsight.train.data.boxes import collate_detection, detection_transform
 from sparsight.train.data.camvid import CamVid
 from sparsight.train.data.cifar10 import (
@@ -42,12 +44,14 @@ __all__ = [
     "SeededView",
     "SyntheticClasses",
     "SyntheticScenes",
+    "Transform",
     "cifar10_evaluation_transform",
     "cifar10_training_transform",
     "clip_transform",
     "collate_detection",
     "detection_transform",
     "evaluation_transform",
+    "frrn_transform",
     "imagenet_evaluation_transform",
     "imagenet_training_transform",
     "training_transform",
