@@ -12,5 +12,17 @@ from sparsight.compress.channel_groups import (
     find_channel_groups,
     keep_channels,
 )
+from sparsight.compress.load_pruned import load_pruned
+from sparsight.compress.prune_channels import prune_channels
+from sparsight.compress.pruning_run import PrunedLayer, PruningReport
 
-__all__ = ["ChannelGroup", "Member", "find_channel_groups", "keep_channels"]
+__all__ = [
+    "ChannelGroup",
+    "Member",
+    "PrunedLayer",
+    "PruningReport",
+    "find_channel_groups",
+    "keep_channels",
+    "load_pruned",
+    "prune_channels",
+]
