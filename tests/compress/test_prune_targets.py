@@ -108,9 +108,7 @@ def test_channels_that_moved_are_still_found():
     kept = torch.tensor([0, 3])
     moved = without_channels(by_name["wide"], by_name["a"], kept)
     keep_channels(model, by_name["a"].group, kept)
-    (again,) = (
-        target for target in targets_of(model, IMAGES)[0] if target.name == "wide"
-    )
+    (again,) = (target for target in targets_of(model, IMAGES)[0] if target.name == "wide")
     assert torch.equal(moved.unit_of_channel["both"], again.unit_of_channel["both"])
     assert set(moved.group.members) == set(again.group.members)
 

@@ -40,7 +40,9 @@ def test_positions_are_uniform_independent_and_fixed():
     assert all(torch.equal(a, b) for a, b in zip(shares, again, strict=True))
     assert not torch.equal(shares[0], draw_positions([50, 30], 40, seed=4)[0])
     assert not torch.equal(shares[0][0], shares[0][1])
-    counted = gather_positions(torch.arange(12.0).view(1, 1, 3, 4).expand(50, -1, -1, -1), shares[0])
+    counted = gather_positions(
+        torch.arange(12.0).view(1, 1, 3, 4).expand(50, -1, -1, -1), shares[0]
+    )
     histogram = counted.flatten().long().bincount(minlength=12)
     assert (histogram - 2000 / 12).abs().max() < 60  # five standard deviations
 
