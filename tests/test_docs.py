@@ -74,7 +74,7 @@ def test_the_example_of_a_model_runs(name):
 
 
 def commands() -> list[str]:
-    pages = [PAGE, DISTIL, *map(read, MODEL_PAGES)]
+    pages = [PAGE, DISTIL, read("compress.md"), *map(read, MODEL_PAGES)]
     lines = (
         "".join(b for page in pages for b in blocks("bash", page)).replace("\\\n", " ").splitlines()
     )

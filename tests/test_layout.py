@@ -63,6 +63,7 @@ HOMES = {
     ],
     "timm": ["models/faster_rcnn.py", "train/data"],
     "torch_pruning": ["compress/channel_groups.py"],
+    "sklearn": ["compress/lasso.py"],
     "openvino": [],  # a rival in bench/, never a dependency
     "pycocotools": [],  # what tests compare with
 }

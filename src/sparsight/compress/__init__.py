@@ -20,8 +20,11 @@ from sparsight.compress.distiller import Distiller
 from sparsight.compress.features import record_features
 from sparsight.compress.filter_importance import weakest_filters
 from sparsight.compress.hints import FeatureHints
+from sparsight.compress.load_pruned import load_pruned
 from sparsight.compress.narrow import narrow, shapes_of
+from sparsight.compress.prune_channels import prune_channels
 from sparsight.compress.prune_filters import fitting_ratio, prune_filters, remove_zero_filters
+from sparsight.compress.pruning_run import PrunedLayer, PruningReport
 
 __all__ = [
     "CachedTeacher",
@@ -29,12 +32,16 @@ __all__ = [
     "Distiller",
     "FeatureHints",
     "Member",
+    "PrunedLayer",
+    "PruningReport",
     "distillation_loss",
     "find_channel_groups",
     "fitting_ratio",
     "keep_channels",
+    "load_pruned",
     "narrow",
     "norms_behind",
+    "prune_channels",
     "prune_filters",
     "record_features",
     "remove_zero_filters",

@@ -4,6 +4,7 @@ Enters: dense maps, and convolutions or residual blocks to wrap. Leaves: modules
 contract, and the decisions they make. May import `sparsight.ops`; no other room.
 """
 
+from sparsight.nn.channel_select import ChannelSelect
 from sparsight.nn.conv_pair import ConvPair
 from sparsight.nn.deform_block import DeformableBlock
 from sparsight.nn.deform_conv import DeformableConv2d
@@ -29,6 +30,7 @@ from sparsight.nn.seed import set_seed
 __all__ = [
     "AdaptiveSoftPool2d",
     "AveragePoolInterpolation",
+    "ChannelSelect",
     "ConvInterpolation",
     "ConvPair",
     "DeformableBlock",
