@@ -78,7 +78,7 @@ def commands() -> list[str]:
     lines = (
         "".join(b for page in pages for b in blocks("bash", page)).replace("\\\n", " ").splitlines()
     )
-    return [line for line in lines if line.strip()]
+    return [line for line in lines if line.strip() and not line.startswith("pip install ")]
 
 
 def flags_of(function) -> set[str]:
