@@ -5,15 +5,22 @@ import inspect
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from sparsight import cli
 from sparsight.measure import count_macs
+from sparsight.train.distillation import shared_flags
 from sparsight.train.hardware import Hardware
+from sparsight.train.sampling_flags import sampling_flags
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+PAGE, DISTIL = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("training", "distillation")
+)
 
 
 MODEL_PAGES = ["frrn.md", "refinenet.md"]
@@ -58,18 +65,27 @@ def test_the_example_of_a_model_runs(name):
     assert names["logits"].shape == (1, 11, 60, 80) and names["logits"].isfinite().all()
 
 
+def test_the_python_of_distillation_runs_and_learns(tmp_path, capsys):
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"cache_folder": tmp_path}
+    exec("".join(blocks("python", DISTIL)), names)
+    assert names["losses"][-1] < 0.8 * names["losses"][0]
+    assert capsys.readouterr().out == "4 4\n"
+
+
 def commands() -> list[str]:
-    pages = [PAGE, *map(read, MODEL_PAGES)]
-    lines = (
-        "".join(b for page in pages for b in blocks("bash", page)).replace("\\\n", " ").splitlines()
-    )
+    pages = [PAGE, DISTIL, *map(read, MODEL_PAGES)]
+    found = "".join(block for page in pages for block in blocks("bash", page))
+    lines = found.replace("\\\n", " ").splitlines()
     return [line for line in lines if line.strip()]
 
 
 def flags_of(function) -> set[str]:
-    """The flags of a recipe or a command; those of `**hardware` are the fields of Hardware."""
+    """The flags of a recipe or a command, with those that all recipes share."""
     found = set(inspect.signature(function).parameters)
-    if "hardware" in found:
+    if "shared" in found:
+        found |= set(inspect.signature(shared_flags).parameters)
+        found |= set(inspect.signature(sampling_flags).parameters)
         found |= {field.name for field in dataclasses.fields(Hardware)}
     return found
 
@@ -99,9 +115,10 @@ def test_flags_in_its_text_are_those_of_a_recipe_or_a_command():
         known |= flags_of(cli.load_recipe(path))
     for name in ("evaluate", "masks", "predict", "profile"):
         known |= flags_of(getattr(cli, name))
-    text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
-    used = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w-]*)", text)}
-    assert len(used) > 15 and used <= known
+    for page, at_least in ((PAGE, 16), (DISTIL, 3)):
+        text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+        used = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w-]*)", text)}
+        assert len(used) >= at_least and used <= known
 
 
 def test_every_recipe_has_a_row():
