@@ -1,6 +1,7 @@
 """Groups of channels: what is found, and that removing is the same as silencing."""
 
 import copy
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,11 +11,11 @@ import torchvision
 from torch import Tensor, nn
 
 from sparsight.compress import ChannelGroup, find_channel_groups, keep_channels
-from sparsight.compress.channel_groups import keep_all_channels
+from sparsight.compress.channel_group import keep_all_channels
 from sparsight.models import faster_rcnn, resnet_cifar, semantic_fpn
 from sparsight.nn.deform_conv import DeformableConv2d
 
-
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 IMAGE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -77,19 +78,25 @@ class Twice(nn.Module):
 
 
 def vgg() -> nn.Module:
-    model = torchvision.models.vgg11(weights=None)
-    model.features = model.features[:6]  # 64, 128 channels
-    model.classifier = nn.Sequential(nn.Linear(128 * 49, 8), nn.ReLU(), nn.Linear(8, 3))
+    """As torchvision's, with pooling to 7x7 and a flattened map."""
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(inplace=True)]
+    model = torchvision.models.VGG(nn.Sequential(*layers), init_weights=False)
+    model.classifier = nn.Sequential(nn.Linear(6 * 49, 8), nn.ReLU(), nn.Linear(8, 3))
     return model
+
+
+def resnext() -> nn.Module:
+    block = torchvision.models.resnet.Bottleneck(16, 4, groups=4, base_width=64)
+    stem = [nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    return nn.Sequential(*stem, block, nn.Conv2d(16, 3, 1))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "vgg": vgg,
-    "resnet18": lambda: narrowed(torchvision.models.resnet18(), 8),
+    "resnet18": lambda: torchvision.models.resnet.resnet18(),
     "mobilenet": lambda: torchvision.models.mobilenet_v2(width_mult=0.25),
-    "resnext": lambda: torchvision.models.ResNet(
-        torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], groups=4, width_per_group=4
-    ),
+    "resnext": resnext,
     "cifar": lambda: resnet_cifar(8),
     "semantic_fpn": lambda: semantic_fpn(
         "resnet18", num_classes=3, fpn_channels=16, head_channels=16
@@ -109,7 +116,7 @@ def test_removing_equals_silencing(name):
     model = settled(MODELS[name]())
     groups = [group for group in find_channel_groups(model, IMAGE) if group.removable]
     assert groups
-    for group in groups[:: max(1, len(groups) // 6)]:
+    for group in groups[:: max(1, len(groups) // 4)]:
         keep = list(range(0, group.channels, 2))
         smaller = copy.deepcopy(model)
         keep_channels(smaller, group, torch.tensor(keep))
@@ -195,9 +202,9 @@ def test_depthwise_convolutions_go_along():
 
 
 def test_units_of_grouped_convolutions_are_their_groups():
-    group = found(MODELS["resnext"]())["layer1.0.conv1"]
-    assert group.channels == 4 and group.grouped == ("layer1.0.conv2",)
-    assert group.of("layer1.0.conv1", "out").units[1] == (4, 5, 6, 7)
+    group = found(resnext())["3.conv1"]
+    assert group.channels == 4 and group.grouped == ("3.conv2",)
+    assert group.of("3.conv1", "out").units[1] == (4, 5, 6, 7)
 
 
 def test_concatenated_groups_are_pruned_together():
@@ -228,8 +235,8 @@ def test_detectors_are_traced_with_a_list_of_images():
     assert groups["backbone.body.layer1.0.conv1"].removable
     assert groups["backbone.body.conv1"].is_stream
     assert not groups["rpn.head.cls_logits"].removable
-    fpn = groups["backbone.fpn.layer_blocks.0.0"]
-    assert len(fpn.producers) == 4
+    fpn = groups["backbone.fpn.layer_blocks.3.0"]  # the coarsest is called first
+    assert sorted(fpn.producers) == [f"backbone.fpn.layer_blocks.{i}.0" for i in range(4)]
     assert {"rpn.head.conv.0.0", "roi_heads.box_head.fc6"} <= set(fpn.consumers)
 
 
@@ -272,27 +279,6 @@ def test_models_without_values_are_traced():
     assert model.layer1[0].conv2.weight.shape == (16, 5, 3, 3)
 
 
-def test_rearranged_channels_are_refused():
-    class Shuffled(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            x = self[0](x)
-            b, c, h, w = x.shape
-            x = x.reshape(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
-            return self[1](x)
-
-    group = found(Shuffled(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)))["0"]
-    assert not group.removable and "arrive" in group.reason
-
-
-def test_a_width_written_into_forward_is_noticed():
-    class Rigid(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return self[1](self[0](x) + x)  # the image has 3 channels, whatever the model has
-
-    group = found(Rigid(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)))["0"]
-    assert not group.removable and "does not run" in group.reason
-
-
 def test_shared_and_computed_weights_are_refused():
     net = nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(3)))
     net[1].weight = net[0].weight
@@ -319,39 +305,28 @@ def test_channels_read_by_a_deformable_convolution_can_go():
     torch.testing.assert_close(outputs(net, IMAGE), expected)
 
 
-@pytest.mark.parametrize(
-    ("keep", "error", "message"),
-    [
-        ([0, 1], TypeError, "tensor of integers"),
-        (torch.ones(8, dtype=torch.bool), TypeError, "mask.nonzero"),
-        (torch.tensor([], dtype=torch.int64), ValueError, "at least one"),
-        (torch.tensor([1, 1]), ValueError, "each once"),
-        (torch.tensor([8]), ValueError, "8 units"),
-        (torch.tensor([-1]), ValueError, "none negative"),
-    ],
-)
-def test_wrong_indices_are_refused(keep, error, message):
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))
-    group = found(net)["0"]
-    with pytest.raises(error, match=message):
-        keep_channels(net, group, keep)
-
-
-def test_groups_that_stay_are_refused_by_name():
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))
-    with pytest.raises(ValueError, match="'1' cannot lose channels: .*output of the model"):
-        keep_channels(net, found(net)["1"], torch.tensor([0]))
-
-
-def test_keeping_everything_changes_nothing():
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))
-    weight = net[0].weight
-    keep_channels(net, found(net)["0"], torch.arange(8))
-    assert net[0].weight is weight
-
-
 def test_models_that_cannot_be_traced_are_refused():
-    with pytest.raises(TypeError, match="a torch.nn.Module is required"):
+    with pytest.raises(TypeError, match=r"a torch\.nn\.Module is required"):
         find_channel_groups("resnet18", IMAGE)
     with pytest.raises(ValueError, match="no convolution"):
         find_channel_groups(nn.ReLU(), IMAGE)
+
+
+def test_a_model_that_cannot_be_followed_is_refused(monkeypatch):
+    """Torch-Pruning divides by zero at ShuffleNet's views; a wrong example is not blamed on it."""
+    from torch_pruning.dependency import index_mapping
+
+    def fail(graph: object) -> None:
+        raise ZeroDivisionError("integer division or modulo by zero")
+
+    monkeypatch.setattr(index_mapping, "update_index_mapping", fail)
+    with pytest.raises(ValueError, match=r"cannot follow Conv2d \(ZeroDivisionError"):
+        find_channel_groups(nn.Conv2d(3, 2, 1), IMAGE)
+    with pytest.raises(RuntimeError, match="channels"):
+        find_channel_groups(nn.Conv2d(4, 2, 1), IMAGE)
+
+
+def test_a_missing_library_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(ImportError, match=r"pip install \"sparsight\[compress\]\""):
+        find_channel_groups(nn.Conv2d(3, 2, 1), IMAGE)

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from sparsight.compress import find_channel_groups
-from sparsight.compress.channel_groups import keep_all_channels
+from sparsight.compress.channel_group import keep_all_channels
 from sparsight.compress.narrow import keep_indices, narrow, shapes_of
 
 

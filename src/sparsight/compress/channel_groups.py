@@ -17,86 +17,43 @@ This is the only module that imports Torch-Pruning.
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsight.compress.narrow import is_channelwise, is_convolution, is_grouped, keep_indices
+from sparsight.compress.channel_group import (
+    ChannelGroup,
+    Member,
+    Side,
+    keep_all_channels,
+    keep_channels,
+    width_of,
+)
+from sparsight.compress.check_groups import refuse_stray_marks, refuse_what_fails
+from sparsight.compress.narrow import is_channelwise, is_convolution, is_grouped
+from sparsight.compress.run_model import (
+    call_with,
+    has_channels,
+    hooked,
+    tensors_in,
+    traceable_copy,
+)
 from sparsight.nn.deform_conv import DeformableConv2d
 
-__all__ = ["ChannelGroup", "Member", "find_channel_groups", "keep_channels"]
+__all__ = [
+    "ChannelGroup",
+    "Member",
+    "find_channel_groups",
+    "keep_all_channels",
+    "keep_channels",
+]
 
-Side = Literal["out", "in", "norm"]
 _Element = tuple[Side, str, int]
-
-
-@dataclass(frozen=True)
-class Member:
-    """Where the channels of a group are in one of its layers.
-
-    Attributes:
-        name: qualified name of the layer.
-        side: "out" its output channels, "in" its input channels, "norm" its one value per channel.
-        units: for every unit of the group, the indices of its channels in that layer; several for a
-            linear layer behind a flattened map, and where a grouped convolution makes blocks.
-        width: channels that the layer has there, those of other groups included (concatenations).
-    """
-
-    name: str
-    side: Side
-    units: tuple[tuple[int, ...], ...] = field(repr=False)
-    width: int
-
-
-@dataclass(frozen=True)
-class ChannelGroup:
-    """Channels that can only be removed together, unit by unit.
-
-    A unit is one channel in each of the producers, in plain networks; with grouped convolutions,
-    and GroupNorm, in between it is a block, since they can only lose whole groups.
-
-    Attributes:
-        name: qualified name of the first producer, in the order of execution.
-        channels: units; each of them can be removed independently of the others.
-        producers: convolutions and linear layers whose output channels these are. More than one
-            where they are added, as in the residual stream, or read by one and the same layer.
-        consumers: convolutions and linear layers whose input channels these are.
-        norms: layers in between with one value per channel: norms and PReLU.
-        grouped: convolutions in between that keep the channels apart, depthwise ones and those of
-            several groups: neither producers nor consumers, they lose input, output and groups.
-        removable: whether units can be removed.
-        reason: why not; None if they can.
-        members: where the units are in each of these layers; a grouped convolution has two.
-    """
-
-    name: str
-    channels: int
-    producers: tuple[str, ...]
-    consumers: tuple[str, ...]
-    norms: tuple[str, ...]
-    removable: bool
-    reason: str | None
-    grouped: tuple[str, ...] = ()
-    members: tuple[Member, ...] = field(default=(), repr=False)
-
-    @property
-    def is_stream(self) -> bool:
-        """Whether several layers produce these channels, as those of a residual stream."""
-        return len(self.producers) > 1
-
-    def of(self, name: str, side: Side) -> Member:
-        """Return the member of this layer and side; KeyError if there is none."""
-        for member in self.members:
-            if (member.name, member.side) == (name, side):
-                return member
-        raise KeyError(f"ChannelGroup.of: {self.name!r} has no {side!r} of {name!r}.")
 
 
 def find_channel_groups(model: nn.Module, example: Any) -> list[ChannelGroup]:
@@ -116,9 +73,11 @@ def find_channel_groups(model: nn.Module, example: Any) -> list[ChannelGroup]:
     Raises:
         ImportError: Torch-Pruning is not installed.
         TypeError: the model is no module.
-        ValueError: nothing in it is called that has channels; it is sampled or compiled.
+        ValueError: nothing in it is called that has channels; it is sampled or compiled; Torch-
+            Pruning cannot follow it, as ShuffleNet.
 
-    Cost: one forward pass with autograd's graph, one pass for each group, and two copies.
+    Cost: three passes, one of them with autograd's graph, and two copies of the model; one or two
+    more passes for each group where autograd's graph misleads.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -132,120 +91,13 @@ def find_channel_groups(model: nn.Module, example: Any) -> list[ChannelGroup]:
             "required; pass the model itself."
         )
     _refuse(model)
-    traced = _copy(model).eval()
+    traced = traceable_copy(model).eval()
     with torch.enable_grad(), torch.inference_mode(False):
         graph = _trace(traced, example)
     groups = _assemble(traced, graph)
     with torch.no_grad():
-        groups = _check_marks(traced, example, groups)
-        return _check_removal(model, example, groups)
-
-
-def keep_channels(model: nn.Module, group: ChannelGroup, keep: Tensor) -> None:
-    """Remove the units of a group that are not to be kept from all its layers, in place.
-
-    Parameters become new, smaller ones that keep requires_grad, dtype, device and memory format;
-    their gradients are None. Optimisers have to be made afterwards.
-
-    Args:
-        model: the model that the group was found in; changed.
-        group: one of `find_channel_groups`; a removable one.
-        keep: (K) indices of the units to keep, integers in [0, group.channels), each once, in any
-            order: channels stay in theirs. All of them change nothing.
-
-    Raises:
-        TypeError: `keep` is no tensor of integers.
-        ValueError: the group is not removable, or was found before its layers were changed by
-            another; no index, an index twice, or one out of range.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-        >>> keep_channels(net, find_channel_groups(net, torch.zeros(1, 3, 8, 8))[0],
-        ...               torch.tensor([0, 5, 6]))
-        >>> net[0].weight.shape[0], net[2].weight.shape[1]
-        (3, 3)
-    """
-    keep_all_channels(model, [(group, keep)])
-
-
-def keep_all_channels(model: nn.Module, kept: Iterable[tuple[ChannelGroup, Tensor]]) -> None:
-    """Do the same as `keep_channels` for several groups found together.
-
-    One by one, groups that are read by one and the same layer, as concatenated ones are, would
-    have to be found again: their indices in that layer move.
-
-    Args:
-        model: the model that all groups were found in; changed.
-        kept: pairs of group and units to keep.
-
-    Raises:
-        TypeError: as `keep_channels`.
-        ValueError: as `keep_channels`, before anything is changed.
-    """
-    removed: dict[tuple[str, Side], set[int]] = {}
-    for group, keep in kept:
-        gone = _removed_units(group, keep)
-        for member in group.members:
-            _check_width(model, group, member)
-            channels = chain.from_iterable(member.units[unit] for unit in gone)
-            removed.setdefault((member.name, member.side), set()).update(channels)
-    for (name, side), gone in removed.items():
-        if not gone:
-            continue
-        module = model.get_submodule(name)
-        if side == "in" and is_grouped(module):
-            continue  # its "out" member takes both sides along
-        width = _width(module, side)
-        keep_indices(module, side, [i for i in range(width) if i not in gone])
-
-
-def _removed_units(group: ChannelGroup, keep: Tensor) -> list[int]:
-    at = f"keep_channels: group {group.name!r}"
-    if not isinstance(keep, Tensor) or keep.is_floating_point() or keep.dtype == torch.bool:
-        given = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
-        raise TypeError(
-            f"{at}: keep is {given}; a tensor of integers, the units to keep, is required; pass "
-            "mask.nonzero().flatten() for a mask."
-        )
-    if not group.removable:
-        raise ValueError(
-            f"{at} cannot lose channels: {group.reason}; a removable group is required; leave it."
-        )
-    units = keep.flatten().tolist()
-    if not units or len(set(units)) < len(units) or not 0 <= min(units) <= max(units):
-        raise ValueError(
-            f"{at}: keep holds {len(units)} indices, {len(set(units))} of them different, the "
-            f"smallest {min(units, default=None)}; at least one, each once and none negative is "
-            "required; pass the units to keep."
-        )
-    if max(units) >= group.channels:
-        raise ValueError(
-            f"{at}: keep holds {max(units)}, but it has {group.channels} units; indices below that "
-            "are required; count units, not channels (`group.channels`)."
-        )
-    stays = set(units)
-    return [unit for unit in range(group.channels) if unit not in stays]
-
-
-def _check_width(model: nn.Module, group: ChannelGroup, member: Member) -> None:
-    width = _width(model.get_submodule(member.name), member.side)
-    if width != member.width:
-        raise ValueError(
-            f"keep_channels: {member.name!r} of group {group.name!r} has {width} channels "
-            f"({member.side}), but had {member.width} when the group was found; groups of the "
-            "model as it is are required; call find_channel_groups again."
-        )
-
-
-def _width(module: Any, side: Side) -> int:
-    if side == "norm":
-        for name in ("num_features", "num_channels", "num_parameters"):
-            if hasattr(module, name):
-                return getattr(module, name)
-        return next(chain(module.parameters(False), module.buffers(False))).numel()
-    if isinstance(module, nn.Linear):
-        return module.out_features if side == "out" else module.in_features
-    return module.out_channels if side == "out" else module.in_channels
+        groups = refuse_stray_marks(traced, example, groups)
+        return refuse_what_fails(model, example, groups)
 
 
 def _refuse(model: nn.Module) -> None:
@@ -261,50 +113,6 @@ def _refuse(model: nn.Module) -> None:
                 f"find_channel_groups: {at} is scripted or compiled, but Python modules are "
                 "required; prune the model first, then compile the result."
             )
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    # Gradients are not copied along, and a parameter that does not learn is traced as well.
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        learns = parameter.is_floating_point() or parameter.is_complex()
-        memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=learns)
-    return copy.deepcopy(model, memo)
-
-
-def _call(model: nn.Module, example: Any) -> Any:
-    if isinstance(example, tuple):
-        return model(*example)
-    return model(**example) if isinstance(example, dict) else model(example)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from chain.from_iterable(map(_tensors, value.values()))
-    elif isinstance(value, list | tuple):
-        yield from chain.from_iterable(map(_tensors, value))
-
-
-def _has_channels(module: nn.Module) -> bool:
-    return is_convolution(module) or isinstance(module, nn.Linear)
-
-
-@contextmanager
-def _hooked(
-    model: nn.Module, which: Callable[[nn.Module], bool], hook: Callable[[str], Callable[..., Any]]
-) -> Iterator[None]:
-    handles = [
-        module.register_forward_hook(hook(name))
-        for name, module in model.named_modules()
-        if which(module)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass
@@ -343,10 +151,16 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
     }
     called: dict[str, None] = {}
     ends: list[Tensor] = []
+    sources: dict[Any, str] = {}  # node of autograd's graph -> layer
+    outputs: set[str] = set()
+    has_run: list[bool] = []
 
     def observe(name: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
             called.setdefault(name)
+            if output.grad_fn is None:  # the model switches gradients off for this layer
+                return None
+            sources[output.grad_fn] = name
             # An end of its own for every layer: what a detector detaches is in the graph as well.
             if output.ndim == 2 or is_convolution(module):
                 ends.append(output * 1)
@@ -356,20 +170,31 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
         return hook
 
     def forward(model: nn.Module, example: Any) -> list[Tensor]:
-        with _hooked(model, _has_channels, observe):
-            outputs = [value for value in _tensors(_call(model, example)) if value.requires_grad]
-        outcome.extend(output * 1 for output in outputs)
-        return [*outcome, *ends]
+        with hooked(model, has_channels, observe):
+            results = tensors_in(call_with(model, example))
+        outputs.update(_reached(results, sources))
+        has_run.append(True)
+        # Not what a detector makes of its layers' outputs: Torch-Pruning follows joining paths
+        # again and again, which takes forever there.
+        return ends
 
-    outcome: list[Tensor] = []
     norms = {type(module) for module in model.modules() if is_channelwise(module)}
     known = {kind: _channelwise_pruner(pruning) for kind in norms}
     graph = pruning.DependencyGraph()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        graph.build_dependency(
-            model, example, forward_fn=forward, customized_pruners=known, verbose=False
-        )
+        try:
+            graph.build_dependency(
+                model, example, forward_fn=forward, customized_pruners=known, verbose=False
+            )
+        except Exception as error:
+            if not has_run:
+                raise  # the model's own, or a wrong example's
+            raise ValueError(
+                f"find_channel_groups: Torch-Pruning cannot follow {type(model).__name__} "
+                f"({type(error).__name__}: {error}); a model whose channels are not rearranged by "
+                "views, as in a shuffle, is required; prune a part of it."
+            ) from error
     if not called:
         raise ValueError(
             f"find_channel_groups: {type(model).__name__} calls no convolution and no linear layer "
@@ -377,8 +202,7 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
             "(torch.nn.functional) are not seen."
         )
     result = _Graph(list(called), _Joined(), {})
-    results = {id(output.grad_fn) for output in outcome}
-    extra = {id(end.grad_fn) for end in ends} - results
+    result.troubles.update(dict.fromkeys(outputs, "they are an output of the model"))
     _join_own_blocks(model, result)
     covered: set[str] = set()
     for name in called:
@@ -386,15 +210,11 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
         if name in covered or module not in graph.module2node:
             continue
         pruner = graph.get_pruner_of_module(module)
-        every = list(range(_width(module, "out")))
+        every = list(range(width_of(module, "out")))
         group = graph.get_pruning_group(module, pruner.prune_out_channels, every)
         for item in group:
             node, handler = item.dep.target, item.dep.handler
-            if id(node.grad_fn) in extra:
-                continue
-            if id(node.grad_fn) in results:
-                result.troubles.setdefault(name, "they are an output of the model")
-            elif node.module in names:
+            if node.module in names:
                 side = _side(node.module, graph.is_out_channel_pruning_fn(handler))
                 target = names[node.module]
                 if isinstance(node.module, nn.PReLU) and side is None:
@@ -404,12 +224,28 @@ def _trace(model: nn.Module, example: Any) -> _Graph:
                     what = f"{target!r} ({kind}) reads them, which is not known to be narrowed"
                     result.troubles.setdefault(name, what)
                     continue
-                complete = _join_item(result, name, target, side, item, _width(node.module, side))
+                complete = _join_item(result, name, target, side, item, width_of(node.module, side))
                 if complete and side == "out":
                     covered.add(target)
             elif isinstance(node.module, nn.Parameter):
                 result.troubles.setdefault(name, "they meet a parameter of no known layer")
     return result
+
+
+def _reached(results: Iterable[Tensor], sources: dict[Any, str]) -> set[str]:
+    """Return the layers that results come from without another layer in between."""
+    waiting = [result.grad_fn for result in results if result.grad_fn is not None]
+    seen, found = set(waiting), set()
+    while waiting:
+        node = waiting.pop()
+        if node in sources:
+            found.add(sources[node])
+            continue
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
 
 
 def _import_torch_pruning() -> Any:
@@ -431,7 +267,7 @@ def _channelwise_pruner(pruning: Any) -> Any:
         prune_in_channels = prune_out_channels
 
         def get_out_channels(self, layer: Any) -> int:
-            return _width(layer, "norm")
+            return width_of(layer, "norm")
 
         get_in_channels = get_out_channels
 
@@ -443,7 +279,7 @@ def _side(module: nn.Module, is_out: bool) -> Side | None:
         return "norm"
     if isinstance(module, DeformableConv2d) and module.offset_groups > 1 and not is_out:
         return None
-    if not _has_channels(module):
+    if not has_channels(module):
         return None
     # Torch-Pruning has one function for both sides of a depthwise convolution: its output's.
     return "out" if is_out else "in"
@@ -454,13 +290,11 @@ def _join_own_blocks(model: nn.Module, graph: _Graph) -> None:
     for name, module in model.named_modules():
         if is_grouped(module):
             layer: Any = module
-            for side, width in (("in", layer.in_channels), ("out", layer.out_channels)):
-                block = width // layer.groups
-                for i in range(width):
-                    graph.joined.join(
-                        ("in", name, i // block * (layer.in_channels // layer.groups)),
-                        (side, name, i),
-                    )
+            deep, wide = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+            for i in range(layer.in_channels):
+                graph.joined.join(("in", name, i // deep * deep), ("in", name, i))
+            for i in range(layer.out_channels):
+                graph.joined.join(("in", name, i // wide * deep), ("out", name, i))
         elif isinstance(module, nn.GroupNorm):
             block = module.num_channels // module.num_groups
             for i in range(module.num_channels):
@@ -485,7 +319,7 @@ def _assemble(model: nn.Module, graph: _Graph) -> list[ChannelGroup]:
     """Return the groups, in the order of execution, from the sets of joined elements."""
     ordinary = [name for name in graph.called if not is_grouped(model.get_submodule(name))]
     for name in graph.called:
-        for i in range(_width(model.get_submodule(name), "out")):
+        for i in range(width_of(model.get_submodule(name), "out")):
             graph.joined.find(("out", name, i))
     called = set(graph.called)
     units: dict[_Element, dict[tuple[str, Side], list[int]]] = {}
@@ -526,7 +360,9 @@ def _group(
     reason = next(
         (graph.troubles[name] for name in (*producers, *between) if name in graph.troubles), None
     )
-    widths = {(n, side): _width(model.get_submodule(n), side) for n, side in places}
+    widths: dict[tuple[str, Side], int] = {
+        (n, side): width_of(model.get_submodule(n), side) for n, side in places
+    }
     alike = all(
         set(unit) == set(places) and all(len(unit[p]) == len(units[0][p]) for p in places)
         for unit in units
@@ -542,7 +378,7 @@ def _group(
         reason = "they are a single unit, of which one has to stay"
     members: tuple[Member, ...] = ()
     if alike:
-        lead = (first, "out")
+        lead: tuple[str, Side] = (first, "out")
         units = sorted(units, key=lambda unit: min(unit[lead]))
         members = tuple(
             Member(name, side, tuple(tuple(sorted(u[name, side])) for u in units), width)
@@ -572,96 +408,6 @@ def _fixed(model: nn.Module, names: set[str]) -> str | None:
     for name in sorted(names):
         module = model.get_submodule(name)
         stored = {key for key, _ in module.named_parameters(recurse=False)}
-        if _has_channels(module) and "weight" not in stored:
+        if has_channels(module) and "weight" not in stored:
             return f"the weight of {name!r} is computed from others (a parametrisation)"
-    return None
-
-
-def _check_marks(model: nn.Module, example: Any, groups: list[ChannelGroup]) -> list[ChannelGroup]:
-    """Refuse the groups whose channels do not arrive where they were computed to."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return groups  # no values
-    return [
-        group
-        if (trouble := group.removable and _stray_mark(model, example, group)) in (None, False)
-        else replace(group, removable=False, reason=str(trouble))
-        for group in groups
-    ]
-
-
-def _stray_mark(model: nn.Module, example: Any, group: ChannelGroup) -> str | None:
-    """Mark some units with NaN in all producers and look which input channels turn NaN where."""
-    chosen = sorted({min(1, group.channels - 1), group.channels // 2, group.channels - 1})
-    expected = {
-        (member.name, member.side): set(chain.from_iterable(member.units[u] for u in chosen))
-        for member in group.members
-    }
-    seen: list[str] = []
-
-    def observe(name: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            found = _marked(module, args[0]) if args[0].numel() else None
-            wanted = expected.get((name, "in"), set())
-            if found is not None and found != wanted:
-                seen.append(
-                    f"{len(found)} of their channels arrive at {name!r} where {len(wanted)} other "
-                    "ones should: something between rearranges or mixes channels"
-                    if len(found) != len(wanted)
-                    else f"they arrive at {name!r} in another order: something rearranges channels"
-                )
-            if is_grouped(module) and name in group.grouped:
-                return output
-            output = torch.nan_to_num(output, nan=0.0)
-            if name in group.producers:
-                channels = torch.tensor(sorted(expected[name, "out"]), device=output.device)
-                output.index_fill_(_channel_dim(module, output), channels, torch.nan)
-            return output
-
-        return hook
-
-    with _hooked(model, _has_channels, observe):
-        _call(model, example)
-    return seen[0] if seen else None
-
-
-def _channel_dim(module: nn.Module, value: Tensor) -> int:
-    layer: Any = module
-    return value.ndim - 1 - (0 if isinstance(module, nn.Linear) else len(layer.kernel_size))
-
-
-def _marked(module: nn.Module, value: Tensor) -> set[int]:
-    channels = value.isnan().movedim(_channel_dim(module, value), 0).flatten(1).any(1)
-    return set(channels.nonzero().flatten().tolist())
-
-
-def _check_removal(
-    model: nn.Module, example: Any, groups: list[ChannelGroup]
-) -> list[ChannelGroup]:
-    """Refuse the groups without whose last unit the model does not run."""
-    removable = [group for group in groups if group.removable]
-    if _failure(model, example, removable) is None:
-        return groups
-    runs: list[ChannelGroup] = []
-    refused: dict[str, str] = {}
-    for group in removable:
-        trouble = _failure(model, example, [*runs, group])
-        if trouble is None:
-            runs.append(group)
-        else:
-            refused[group.name] = f"the model does not run with fewer of them ({trouble})"
-    return [
-        replace(group, removable=False, reason=refused[group.name])
-        if group.name in refused
-        else group
-        for group in groups
-    ]
-
-
-def _failure(model: nn.Module, example: Any, groups: list[ChannelGroup]) -> str | None:
-    smaller = _copy(model).eval()
-    keep_all_channels(smaller, [(group, torch.arange(group.channels - 1)) for group in groups])
-    try:
-        _call(smaller, example)
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
     return None

@@ -157,9 +157,9 @@ def narrow(model: nn.Module, shapes: Mapping[str, Tensor | Sequence[int]]) -> No
         module = model.get_submodule(at)
         if not (is_channelwise(module) or is_convolution(module) or isinstance(module, nn.Linear)):
             raise ValueError(
-                f"narrow: {name!r} is to have shape {list(shape)} instead of {list(own[name])}, but "
-                f"{type(module).__name__} is no layer that is narrowed; convolutions, linear layers "
-                "and norms are; build the architecture that was pruned."
+                f"narrow: {name!r} is to have shape {list(shape)}, not {list(own[name])}, but "
+                f"{type(module).__name__} is no layer that is narrowed; convolutions, linear "
+                "layers and norms are; build the architecture that was pruned."
             )
         _check_reach(name, module, own[name], shape)
         if attribute == "weight" or is_channelwise(module):
@@ -169,13 +169,14 @@ def narrow(model: nn.Module, shapes: Mapping[str, Tensor | Sequence[int]]) -> No
 
 
 def _check_reach(name: str, module: Any, own: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    layer = module  # what the checks below do not narrow
     fits = len(own) == len(shape) and all(0 < b <= a for a, b in zip(own, shape, strict=True))
     if fits and (is_convolution(module) or isinstance(module, nn.Linear)):
         fits = own[2:] == shape[2:]
     if fits and is_grouped(module):
-        fits = own[1:] == shape[1:] and shape[0] % (own[0] // module.groups) == 0
+        fits = own[1:] == shape[1:] and shape[0] % (own[0] // layer.groups) == 0
     if fits and isinstance(module, nn.GroupNorm):
-        fits = shape[0] % (own[0] // module.num_groups) == 0
+        fits = shape[0] % (own[0] // layer.num_groups) == 0
     if not fits:
         raise ValueError(
             f"narrow: {name!r} is to have shape {list(shape)}, but the model has {list(own)}; a "
