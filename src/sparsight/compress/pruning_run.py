@@ -129,7 +129,7 @@ class PruningRun:
 
     def find_targets(self, selects_inputs: bool) -> list[PruneTarget]:
         """Return what can be pruned, from the front; `reasons` says why the rest cannot."""
-        groups = find_channel_groups(self.model, self.example)
+        groups = find_channel_groups(self.model, self.example[:1])
         targets, self.reasons = find_targets(
             self.model,
             groups,
