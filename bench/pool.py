@@ -1,16 +1,17 @@
 """SoftPool against torch's own poolings, and against its formula written in torch operators.
 
     python bench/pool.py --out runs/bench/today
-    python bench/pool.py --only forward                one of forward, train and error
+    python bench/pool.py --only forward            some of forward, train, memory and error
     python bench/pool.py --quick
 
 forward   of 8x64x112x112 and 1x256x64x128, window and stride 2 and 3, contiguous and channels-last,
           float32; "formula" is unfold, softmax, multiply and sum.
-train     forward and backward of the same, and the MiB that each keeps for its backward.
+train     forward and backward of the same.
+memory    MiB that each keeps for its backward; the input, which all of them keep, counts.
 error     largest error against the formula in float64, of ours and of the formula, same dtype.
 
 "slower pool" is the slower one of avg_pool2d and max_pool2d, which forward is held against; forward
-and backward are held against max_pool2d.
+and backward are held against max_pool2d. "asked" is what the column before it should be at most.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,6 +37,9 @@ QUICK_SHAPES = ((2, 16, 12, 12),)
 WINDOWS = (2, 3)
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 
+# What is asked of time over torch's pooling, and of the error over the formula's.
+MOST_TIME, MOST_ERROR = 1.5, 2.0
+
 Pool = Callable[[Tensor], Tensor]
 
 
@@ -53,6 +57,11 @@ def pools(window: int) -> dict[str, Pool]:
         "max_pool2d": lambda x: F.max_pool2d(x, window),
         "formula": lambda x: formula(x, window),
     }
+
+
+def with_gradient(window: int) -> dict[str, Pool]:
+    """The candidates whose training is compared."""
+    return {name: pool for name, pool in pools(window).items() if name != "avg_pool2d"}
 
 
 def cases(settings: Settings) -> Iterator[tuple[Row, Tensor, int]]:
@@ -82,8 +91,14 @@ def forward_rows(settings: Settings) -> Iterator[Row]:
         for name, latency in times.items():
             row.update(cells(name, latency))
         row["ours / slower pool"] = ms["ours"] / max(ms["avg_pool2d"], ms["max_pool2d"])
+        row["asked"] = verdict(row["ours / slower pool"], MOST_TIME)
         row["formula / ours"] = ms["formula"] / ms["ours"]
         yield row
+
+
+def verdict(value: float, most: float) -> str:
+    """What was asked for, and whether it was met."""
+    return f"<= {most:g}: {'met' if value <= most else 'MISSED'}"
 
 
 def kept_mib(pool: Pool, x: Tensor) -> float:
@@ -116,17 +131,26 @@ def training(pool: Pool, x: Tensor) -> Callable[..., Tensor]:
 
 
 def training_rows(settings: Settings) -> Iterator[Row]:
-    """Forward and backward, against max_pool2d; what is kept in between."""
+    """Forward and backward, against max_pool2d and the formula."""
     for row, x, window in cases(settings):
-        candidates = {name: pool for name, pool in pools(window).items() if name != "avg_pool2d"}
-        times = compare(settings, {n: training(p, x) for n, p in candidates.items()}, x)
+        times = compare(settings, {n: training(p, x) for n, p in with_gradient(window).items()}, x)
         ms = milliseconds(times)
         for name, latency in times.items():
             row.update(cells(name, latency))
         row["ours / max_pool2d"] = ms["ours"] / ms["max_pool2d"]
+        row["asked"] = verdict(row["ours / max_pool2d"], MOST_TIME)
         row["formula / ours"] = ms["formula"] / ms["ours"]
-        for name, pool in candidates.items():
+        yield row
+
+
+def memory_rows(settings: Settings) -> Iterator[Row]:
+    """What is kept between forward and backward."""
+    for row, x, window in cases(settings):
+        for name, pool in with_gradient(window).items():
             row[f"{name} keeps MiB"] = kept_mib(pool, x)
+        share = row["ours keeps MiB"] / row["formula keeps MiB"]
+        row["ours / formula"] = share
+        row["asked"] = f"< 1: {'met' if share < 1 else 'MISSED'}"
         yield row
 
 
@@ -144,11 +168,12 @@ def error_rows(settings: Settings) -> Iterator[Row]:
                 "ours, error": ours,
                 "formula, error": theirs,
                 "error ratio": ours / theirs,
+                "asked": verdict(ours / theirs, MOST_ERROR),
             }
 
 
 def main() -> None:
-    """Measure forward, training and error."""
+    """Measure forward, training, memory and error."""
     settings = settings_of(argument_parser(__doc__).parse_args())
     run_script(
         settings,
@@ -156,12 +181,15 @@ def main() -> None:
         [
             Stage("forward", lambda: forward_rows(settings)),
             Stage("train", lambda: training_rows(settings)),
+            Stage("memory", lambda: memory_rows(settings)),
             Stage("error", lambda: error_rows(settings)),
         ],
         title="SoftPool against torch's poolings",
         notes=(
             "Stride is the window, no padding. The formula is unfold, softmax, multiply and sum "
-            "(see bench/pool.py). What is kept for the backward counts the input, too."
+            "(see bench/pool.py). What is kept for the backward counts the input, too. Times are "
+            'medians, IQR is the distance of the quartiles; "slower pool" is the slower one of '
+            "avg_pool2d and max_pool2d in the same row."
         ),
     )
 

@@ -152,10 +152,19 @@ static inline int64_t pool_phase_length(const PoolGeometry& g) {
   return g.out[2] + g.dilation[2] * (g.kernel[2] - 1) / g.stride[2];
 }
 
-// SoftPool of one image of rows, or of one plane; see softpool.h.
+// Whether windows lie side by side: each input is in one, but for what lies behind the last.
+static inline bool pool_tiles(const PoolGeometry& g) {
+  bool tiles = true;
+  for (int axis = 0; axis < 3; ++axis)
+    tiles &= g.stride[axis] == g.kernel[axis] && (g.dilation[axis] == 1 || g.kernel[axis] == 1);
+  return tiles;
+}
+
+// SoftPool of some channels of one image of rows, or of one plane; see softpool.h.
 struct SoftPoolCall {
   PoolGeometry geometry;
-  int64_t channels;  // of a row; 1 for planes
+  int64_t channels;  // to pool, of rows; 1 for planes
+  int64_t pitch;     // elements from one position to the next
   const void* input;
   void* output;      // forward only
   const void* grad;  // backward only, as grad_input
@@ -181,7 +190,7 @@ struct KernelTable {
   void (*soft_fill)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
   void (*soft_fill_backward_rows)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
   void (*soft_fill_backward_sites)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
-  // Rows: output rows; planes: outputs along the split axis. Backward, both: inputs along it.
+  // Rows: outputs; planes: outputs along the split axis. Backward, both: inputs along it.
   void (*soft_pool_rows)(const SoftPoolCall&, int64_t begin, int64_t end);
   void (*soft_pool_rows_backward)(const SoftPoolCall&, int64_t begin, int64_t end);
   void (*soft_pool_plane)(const SoftPoolCall&, int64_t begin, int64_t end);

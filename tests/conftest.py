@@ -65,4 +65,6 @@ def narrowed(model: nn.Module, factor: int) -> nn.Module:
             else:
                 continue
             setattr(parent, name, fresh)
+    if hasattr(model, "inplanes"):  # where torchvision's pyramids read a ResNet's width
+        model.inplanes //= factor  # type: ignore[operator]  # an int beside the modules
     return model

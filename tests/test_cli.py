@@ -151,6 +151,18 @@ def test_masks_are_drawn(trained, data, tmp_path):
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["overview.png"]
 
 
+def test_results_that_cannot_be_written_are_one_line(trained, data, tmp_path, capsys):
+    flags = [str(trained / "weights.safetensors"), "--data", str(data)]
+    assert main(["evaluate", *flags, "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "is a folder; a file is required; pass --out" in printed.err
+    assert "seed 0" not in printed.out  # nothing was scored in vain
+    (tmp_path / "file").write_text("")
+    assert main(["masks", *flags, "--images", "[0]", "--out", str(tmp_path / "file")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("sparsight: error: ") and "file" in error and "Traceback" not in error
+
+
 def test_an_image_that_is_not_there_is_named(trained, data, tmp_path, capsys):
     arguments = [str(trained / "weights.safetensors"), "--data", str(data), "--images", "[7]"]
     assert main(["masks", *arguments, "--out", str(tmp_path)]) == 1
@@ -251,6 +263,55 @@ def test_every_command_explains_its_flags(command, capsys):
         main([command, "--help"])
     assert stopped.value.code == 0
     assert f"sparsight {command}" in capsys.readouterr().out
+
+
+SAMPLING_FLAGS = {
+    "method": "sampled",
+    "budget": "null",
+    "sampling_weight": "null",
+    "weights": "macs",
+    "layout": "b",
+    "noise": "white",
+    "grid_stride": "11",
+    "interpolation": "rbf",
+    "eps": "null",
+    "straight_through": "False",
+    "anneal_share": "1.0",
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "own"),
+    [
+        ("segmentation/camvid", {}),
+        ("segmentation/cityscapes", {}),
+        ("detection/coco", {}),
+        ("classification/imagenet", {"window": "7"}),
+        (
+            "classification/cifar10",
+            {
+                "layout": "a",
+                "noise": "blue",
+                "grid_stride": "null",
+                "anneal_share": "0.6",
+                "window": "3",
+            },
+        ),
+    ],
+)
+def test_every_recipe_has_the_flags_of_sampling_with_its_own_defaults(recipe, own, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", str(ROOT / "recipes" / f"{recipe}.py"), "--help"])
+    _, options = re.split(r"\noptions:\n", capsys.readouterr().out)
+    found = {
+        match[1]: match[2]
+        for text in re.split(r"\n  (?=--)", options)
+        if (match := re.match(r"--(\w+)\b.*\bdefault:\s*([^)]+)\)", text, flags=re.DOTALL))
+    }
+    for name, default in (SAMPLING_FLAGS | own).items():
+        assert found[name] == default, name
+    assert ("window" in found) == ("window" in own)
+    assert {"teacher", "devices", "seed", "data"} <= set(found)  # other groups, and its own
 
 
 def test_help_runs_as_a_program():

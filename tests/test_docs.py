@@ -1,23 +1,30 @@
-"""The training page: its Python runs, its commands have the flags that they are given."""
+"""The pages on training and distilling: their Python runs, their commands have those flags."""
 
 import dataclasses
 import inspect
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from sparsight import cli
 from sparsight.measure import count_macs
+from sparsight.train.distillation import shared_flags
 from sparsight.train.hardware import Hardware
+from sparsight.train.sampling_flags import sampling_flags
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+PAGE, DISTIL = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("training", "distillation")
+)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+def blocks(language: str, page: str = PAGE) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 # For a test the network is shallower, the images are smaller, the steps fewer.
@@ -44,15 +51,25 @@ def test_its_python_runs_and_meets_the_budget(capsys):
     assert "of the dense multiply-adds (budget 0.700)" in capsys.readouterr().out
 
 
+def test_the_python_of_distillation_runs_and_learns(tmp_path, capsys):
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"cache_folder": tmp_path}
+    exec("".join(blocks("python", DISTIL)), names)
+    assert names["losses"][-1] < 0.8 * names["losses"][0]
+    assert capsys.readouterr().out == "4 4\n"
+
+
 def commands() -> list[str]:
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks("bash") + blocks("bash", DISTIL)).replace("\\\n", " ").splitlines()
     return [line for line in lines if line.strip()]
 
 
 def flags_of(function) -> set[str]:
-    """The flags of a recipe or a command; those of `**hardware` are the fields of Hardware."""
+    """The flags of a recipe or a command, with those that all recipes share."""
     found = set(inspect.signature(function).parameters)
-    if "hardware" in found:
+    if "shared" in found:
+        found |= set(inspect.signature(shared_flags).parameters)
+        found |= set(inspect.signature(sampling_flags).parameters)
         found |= {field.name for field in dataclasses.fields(Hardware)}
     return found
 
@@ -82,9 +99,10 @@ def test_flags_in_its_text_are_those_of_a_recipe_or_a_command():
         known |= flags_of(cli.load_recipe(path))
     for name in ("evaluate", "masks", "profile"):
         known |= flags_of(getattr(cli, name))
-    text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
-    used = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w-]*)", text)}
-    assert len(used) > 15 and used <= known
+    for page, at_least in ((PAGE, 16), (DISTIL, 3)):
+        text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+        used = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][\w-]*)", text)}
+        assert len(used) >= at_least and used <= known
 
 
 def test_every_recipe_has_a_row():

@@ -61,6 +61,7 @@ HOMES = {
         "train/data",
     ],
     "timm": ["models/faster_rcnn.py", "train/data"],
+    "torch_pruning": ["compress/channel_groups.py"],
     "openvino": [],  # a rival in bench/, never a dependency
     "pycocotools": [],  # what tests compare with
 }

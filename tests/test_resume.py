@@ -11,12 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from sparsight.cli import main
+from sparsight.models import resnet_cifar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated")
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 RUNS = {
-    "classification/cifar10": ["--depth", "20"],
-    "detection/coco": ["--backbone", "resnet18"],
+    "classification/cifar10": [
+        *("--depth", "20", "--distill-features", "layer2=layer3", "--precision", "bf16-mixed"),
+        *("--budget", "0.7"),
+    ],
+    "detection/coco": ["--backbone", "resnet18", "--sampling-weight", "0.1"],
 }
 # Two epochs of two batches; the second batch of the second epoch never starts.
 KILLED = """
@@ -36,19 +40,29 @@ main(sys.argv[1:])
 """
 
 
-def command(recipe, out):
+def command(recipe, out, teacher):
     path = str(RECIPES / f"{recipe}.py")
     flags = ["--quick", "--progress-bar", "false", "--accelerator", "cpu"]
-    return ["train", path, *RUNS[recipe], *flags, "--sampling-weight", "0.1", "--out", str(out)]
+    if recipe == "classification/cifar10":
+        flags += ["--teacher", str(teacher), "--cache-teacher", str(Path(out) / "outputs")]
+    return ["train", path, *RUNS[recipe], *flags, "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "resnet8.pt"
+    torch.manual_seed(3)
+    torch.save(resnet_cifar(8).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, teacher):
     """The folders of both runs after the kill; the processes run side by side."""
     folders = {recipe: tmp_path_factory.mktemp("killed") for recipe in RUNS}
     processes = {
         recipe: subprocess.Popen(
-            [sys.executable, "-c", KILLED, *command(recipe, folder)],
+            [sys.executable, "-c", KILLED, *command(recipe, folder, teacher)],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -63,14 +77,18 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", RUNS)
-def test_a_killed_run_resumes_to_the_same_bits(recipe, killed, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bits(recipe, killed, tmp_path, teacher):
+    """Classification learns from a teacher too, through an adapter, its outputs kept on disk."""
     folder = killed[recipe]
     assert not (folder / "weights.safetensors").exists()
     stored = torch.load(folder / "last.ckpt", weights_only=True)
     assert (stored["epoch"], stored["global_step"]) == (0, 2)
 
-    assert main(command(recipe, tmp_path)) == 0
-    assert main([*command(recipe, folder), "--resume"]) == 0
+    is_taught = any("adapters" in name for name in stored["state_dict"])
+    assert is_taught == (recipe == "classification/cifar10")
+
+    assert main(command(recipe, tmp_path, teacher)) == 0
+    assert main([*command(recipe, folder, teacher), "--resume"]) == 0
     whole, resumed = (load_file(out / "weights.safetensors") for out in (tmp_path, folder))
     assert set(resumed) == set(whole)
     for name, value in whole.items():

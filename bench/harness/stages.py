@@ -127,7 +127,7 @@ class StageFile:
             f"# {self.title}",
             f"{dates[-1]}, " + "; ".join(f"`{command}`" for command in commands),
             *([f"**Cut short:** {', '.join(cut)}."] if cut else []),
-            markdown_table([row for _, stage in described for row in stage["rows"]]),
+            *tables({name: stage["rows"] for name, stage in described}),
             self.notes,
             "## Environment",
             environment_block(self.described),
@@ -135,6 +135,26 @@ class StageFile:
         stem.parent.mkdir(parents=True, exist_ok=True)
         replace_text(stem.with_name(stem.name + ".json"), json.dumps(content, indent=1) + "\n")
         replace_text(stem.with_name(stem.name + ".md"), "\n\n".join(parts) + "\n")
+
+
+def tables(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """The rows of all stages as Markdown: a table of those with the same columns.
+
+    Each has its stages' names above it, unless one table holds all of them. Columns count as the
+    same where one stage has all of another's, which may lack what it could not measure.
+    """
+    groups: list[tuple[list[str], list[Row]]] = []
+    for name, of_stage in rows.items():
+        columns = {column for row in of_stage for column in row}
+        known = {column for row in groups[-1][1] for column in row} if groups else set()
+        if groups and (columns <= known or known <= columns):
+            groups[-1][0].append(name)
+            groups[-1][1].extend(of_stage)
+        else:
+            groups.append(([name], list(of_stage)))
+    heads = [f"## {', '.join(names)}" for names, _ in groups]
+    parts = [[head, markdown_table(group)] for head, (_, group) in zip(heads, groups, strict=True)]
+    return parts[0][1:] if len(parts) == 1 else [text for part in parts for text in part]
 
 
 def check_environment(path: Path, known: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +14,9 @@ from sparsight.train.data import (
     imagenet_evaluation_transform,
     imagenet_training_transform,
 )
-from sparsight.train.hardware import Hardware
+from sparsight.train.distillation import shared_flags
 from sparsight.train.recipe import Recipe
-from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling
+from sparsight.train.sampling import ClassificationMethod
 
 
 def imagenet(
@@ -28,22 +29,11 @@ def imagenet(
     accumulate: int = 1,
     lr: float = 1e-3,
     weight_decay: float = 1e-2,
-    method: Method = "sampled",
-    budget: float | None = None,
-    sampling_weight: float | None = None,
-    weights: Literal["macs", "published", "uniform"] = "macs",
+    method: ClassificationMethod = "sampled",
+    filter_ratio: float | None = None,
+    filter_norm_ratio: float = 0.0,
     init: str | None = None,
-    teacher: str | None = None,
-    teacher_weight: float = 1.0,
-    teacher_temperature: float = 4.0,
-    layout: Layout = "b",
-    noise: Noise = "white",
-    grid_stride: int | None = 11,
-    interpolation: InterpolationKind | None = "rbf",
     window: int = 7,
-    eps: float | None = None,
-    straight_through: bool = False,
-    anneal_share: float = 1.0,
     seed: int = 0,
     out: str = "runs/imagenet",
     resume: bool = False,
@@ -51,7 +41,7 @@ def imagenet(
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     progress_bar: bool = True,
     quick: bool = False,
-    **hardware: Any,
+    **shared: Any,
 ) -> dict[str, Any]:
     """Train a ResNet on ImageNet, or fine-tune a trained one to compute less, and score it.
 
@@ -74,27 +64,13 @@ def imagenet(
         accumulate: micro-batches per optimiser step.
         lr: peak learning rate of AdamW.
         weight_decay: of weights of convolutions.
-        method: "sampled" is the paper's, "relu_gate" and "perforated" are baselines.
-        budget: share of the dense model's MACs to compute, in (0, 1], everything counted. None: a
-            dense model, unless `sampling_weight` is given.
-        sampling_weight: fixed weight of the expected share instead of a budget: .01 or .015 as
-            published.
-        weights: what the fixed weight is charged on: "macs", "published" or "uniform".
+        method: "sampled" is the paper's, "relu_gate" and "perforated" are baselines; "sfp" and
+            "fpgm" set filters to zero while they train and remove them at the end.
+        filter_ratio: share of each layer's filters that "sfp" and "fpgm" take; or pass a budget.
+        filter_norm_ratio: the part of it that "fpgm" takes by norm; 0.1 of 0.3 is published.
         init: weights to start from: a checkpoint of sparsight, or a state_dict saved with torch,
             such as torchvision's.
-        teacher: weights of a dense network of the same backbone to learn from; usually those of
-            `init`. None for the labels alone.
-        teacher_weight: of the divergence from the teacher, beside the cross-entropy's 1.
-        teacher_temperature: of that divergence.
-        layout: masks per residual block: "a" one, "b" (the paper's default) or "c".
-        noise: sampling noise: "white" (the paper), "blue", "none".
-        grid_stride: spacing of the pixels that are always computed; None for no grid.
-        interpolation: what fills the holes: "rbf", "conv", "average", "nearest"; None leaves zeros
-            (the paper's "zero fill").
         window: side of the square of sites that a hole sees.
-        eps: added to the interpolation's denominator; 1e-5 is the published code's.
-        straight_through: train with hard masks and soft gradients; wants an `eps`.
-        anneal_share: part of the run in which the temperature falls, in (0, 1].
         seed: of weights, order, augmentation and noise.
         out: folder for the results: weights.safetensors, result.json, last.ckpt, log/metrics.csv.
         resume: go on from `out`/last.ckpt; repeat the other flags.
@@ -103,7 +79,8 @@ def imagenet(
         progress_bar: draw it.
         quick: two epochs of two batches; on drawn stripes where no data is given. Proves that the
             recipe runs.
-        **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
+        **shared: flags of `sparsight.train.shared_flags`: sampling, teacher, processes, machines,
+            memory.
 
     Returns:
         What is also written to result.json: top-1, top-5, MACs, share. Empty in all
@@ -114,6 +91,10 @@ def imagenet(
             weights of another architecture.
         FileNotFoundError: data or weights missing; says where to obtain them.
     """
+    flags, distillation, hardware = shared_flags(
+        method="sampled",  # this recipe's own flag knows more methods
+        **shared,
+    )
     if data is None and not quick:
         raise ValueError(
             "imagenet: no data folder was given; a folder with train/<class>/ and val/<class>/ is "
@@ -153,30 +134,18 @@ def imagenet(
         accumulate=accumulate,
         max_batches=2 if quick else None,
         shows_progress=progress_bar,
-        anneal_share=anneal_share,
-        hardware=Hardware(**hardware),
+        anneal_share=flags.anneal_share,
+        hardware=hardware,
     )
     return run_classification(
         recipe,
         name="imagenet",
         dense=dense,
-        sampling=Sampling(
-            layout=layout,
-            noise=noise,
-            grid_stride=grid_stride,
-            interpolation=interpolation,
-            window=window,
-            eps=eps,
-            is_straight_through=straight_through,
-        ),
-        method=method,
-        budget=budget,
-        sampling_weight=sampling_weight,
-        weights=weights,
+        flags=replace(flags, method=method, sampling=replace(flags.sampling, window=window)),
+        filter_ratio=filter_ratio,
+        filter_norm_ratio=filter_norm_ratio,
         init=init,
-        teacher=teacher,
-        teacher_weight=teacher_weight,
-        teacher_temperature=teacher_temperature,
+        distillation=distillation,
         lr=lr,
         weight_decay=weight_decay,
         resume=resume,

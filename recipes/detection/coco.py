@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sparsight.measure import count_published_macs
 from sparsight.models.faster_rcnn import load_torchvision_weights
-from sparsight.nn.budget import settle_on_budget
 from sparsight.train.architecture import DetectorArchitecture, build_dense, convert
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from sparsight.train.data import (
@@ -22,10 +21,10 @@ from sparsight.train.data import (
     write_synthetic_coco,
 )
 from sparsight.train.detection_task import DetectionTask
+from sparsight.train.distillation import shared_flags
 from sparsight.train.evaluate_detection import measured_backbone_share, score_detector
-from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
-from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
+from sparsight.train.settling import settle
 
 
 def coco(
@@ -50,17 +49,6 @@ def coco(
     lr: float = 0.01,
     scalar_lr_factor: float = 1.0,
     gradient_clip: float = 35.0,
-    method: Method = "sampled",
-    budget: float | None = None,
-    sampling_weight: float | None = None,
-    weights: Literal["macs", "published", "uniform"] = "macs",
-    layout: Layout = "b",
-    noise: Noise = "white",
-    grid_stride: int | None = 11,
-    interpolation: InterpolationKind | None = "rbf",
-    eps: float | None = None,
-    straight_through: bool = False,
-    anneal_share: float = 1.0,
     first_sampled_layer: int = 1,
     seed: int = 0,
     out: str = "runs/coco",
@@ -71,7 +59,7 @@ def coco(
     overfit_images: int | None = None,
     progress_bar: bool = True,
     quick: bool = False,
-    **hardware: Any,
+    **shared: Any,
 ) -> dict[str, Any]:
     """Train Faster R-CNN with a feature pyramid on COCO and score it on the validation images.
 
@@ -118,21 +106,6 @@ def coco(
         scalar_lr_factor: learning rate of the samplers' biases and interpolation widths over that
             of the rest; 1 as published, 10 suits short runs.
         gradient_clip: largest norm of a step's gradient; 35 as published.
-        method: "sampled", the paper's, or a baseline: "relu_gate", "perforated", "resized"; see
-            `sparsight.train.plan`.
-        budget: share of the dense backbone's MACs to compute, in (0, 1]. None: a dense model,
-            unless `sampling_weight` is given.
-        sampling_weight: fixed weight of the expected share instead of a budget; .02 to .2 as
-            published.
-        weights: what the fixed weight is charged on: the share of the backbone's MACs, the
-            "published" mean of probabilities (.25 and .75 in a block), or the "uniform" one.
-        layout: masks per residual block: "a", "b" (the paper's default) or "c".
-        noise: sampling noise: "white" (the paper), "blue", "none".
-        grid_stride: spacing of the positions that are always computed; None for no grid.
-        interpolation: "rbf" (the paper), "conv", "average", "nearest"; None leaves zeros.
-        eps: of the interpolation's denominator; None is exact, 1e-5 as published.
-        straight_through: hard masks in training, with the gradient of soft ones.
-        anneal_share: part of the run in which the temperature falls.
         first_sampled_layer: 1 samples all residual blocks, as published; 2 those of conv3 to conv5.
         seed: of weights, order, flips and noise.
         out: folder for the results: weights.safetensors, result.json, last.ckpt, log/metrics.csv.
@@ -145,7 +118,8 @@ def coco(
         progress_bar: draw it.
         quick: two epochs of two batches, a narrow pyramid and head, small images; on drawn scenes
             where no data is given. Proves that the recipe runs.
-        **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
+        **shared: flags of `sparsight.train.shared_flags`: sampling, teacher, processes, machines,
+            memory.
 
     Returns:
         What is also written to result.json: COCO's metrics, MACs, share. Empty in all processes of
@@ -156,6 +130,7 @@ def coco(
             and `init` at once, or a checkpoint of another architecture.
         FileNotFoundError: data folders, weights or checkpoint missing.
     """
+    flags, distillation, hardware = shared_flags(**shared)
     if pretrained is not None and init is not None:
         raise ValueError(
             f"coco: pretrained={pretrained!r} and init={init!r} were both given; at most one is "
@@ -194,21 +169,8 @@ def coco(
         size=size,
         first_sampled_layer=first_sampled_layer,
     )
-    planned = plan(
-        method=method,
-        sampling=Sampling(
-            layout=layout,
-            noise=noise,
-            grid_stride=grid_stride,
-            interpolation=interpolation,
-            eps=eps,
-            is_straight_through=straight_through,
-        ),
-        size=size,
-        budget=budget,
-        sampling_weight=sampling_weight,
-        weights=weights,
-        dense=lambda: build_dense(dense_architecture).get_submodule("backbone.body"),
+    planned = flags.plan(
+        size=size, dense=lambda: build_dense(dense_architecture).get_submodule("backbone.body")
     )
     architecture = dataclasses.replace(
         dense_architecture, size=planned.size, sampling=planned.sampling
@@ -229,6 +191,7 @@ def coco(
         val_data=val_data,
         optimizer=optimizer,
         objective=planned.objective,
+        distiller=distillation.distiller(network, dense_architecture),
         lr=lr,
         scalar_lr_factor=scalar_lr_factor,
     )
@@ -248,8 +211,8 @@ def coco(
         validate_every=validate_every,
         gradient_clip=gradient_clip,
         collate_fn=collate_detection,
-        anneal_share=anneal_share,
-        hardware=Hardware(**hardware),
+        anneal_share=flags.anneal_share,
+        hardware=hardware,
         shows_progress=progress_bar,
     )
     if not recipe.fit(task, resume=resume):
@@ -258,21 +221,17 @@ def coco(
     network.cpu().eval()
     result: dict[str, Any] = {
         "task": "coco detection",
-        "method": method,
+        "method": flags.method,
         "seed": seed,
         "epochs": epochs,
-        "budget": budget,
-        "sampling_weight": sampling_weight,
+        "budget": flags.budget,
+        "sampling_weight": flags.sampling_weight,
     }
     if planned.settles:
-        assert budget is not None
-        # 40 images or a quarter of few: enough for a mean over positions.
-        step = max(1, len(val_data) // (batch_size * 5))
-        batches = [images for images, _ in recipe.validation_batches()][::step]
-        shift, share = settle_on_budget(
-            network, lambda: measured_backbone_share(network, batches), budget
+        assert flags.budget is not None
+        result |= settle(
+            network, recipe, flags.budget, num_images=64, measure=measured_backbone_share
         )
-        result |= {"settling_shift": shift, "settled_share": share}
     path = folder / "weights.safetensors"
     save_checkpoint(path, network, architecture)
     scored = score_detector(network, recipe.validation_batches(), data=val_data)

@@ -7,10 +7,9 @@ from typing import Any, Literal
 
 from sparsight.train.architecture import Architecture, build_dense
 from sparsight.train.data import CamVid, SyntheticScenes, evaluation_transform, training_transform
-from sparsight.train.hardware import Hardware
+from sparsight.train.distillation import shared_flags
 from sparsight.train.pooling import PoolingKind
 from sparsight.train.recipe import Recipe
-from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
 from sparsight.train.segmentation_run import train_segmentation
 
 
@@ -30,19 +29,7 @@ def camvid(
     batch_size: int = 8,
     accumulate: int = 1,
     lr: float = 1e-3,
-    method: Method = "sampled",
-    budget: float | None = None,
-    sampling_weight: float | None = None,
-    weights: Literal["macs", "published", "uniform"] = "macs",
     init: str | None = None,
-    teacher: str | None = None,
-    layout: Layout = "b",
-    noise: Noise = "white",
-    grid_stride: int | None = 11,
-    interpolation: InterpolationKind | None = "rbf",
-    eps: float | None = None,
-    straight_through: bool = False,
-    anneal_share: float = 1.0,
     seed: int = 0,
     out: str = "runs/camvid",
     resume: bool = False,
@@ -50,7 +37,7 @@ def camvid(
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     progress_bar: bool = True,
     quick: bool = False,
-    **hardware: Any,
+    **shared: Any,
 ) -> dict[str, Any]:
     """Train a segmentation model on CamVid and score it on the validation images.
 
@@ -85,27 +72,7 @@ def camvid(
         batch_size: images per process and micro-batch.
         accumulate: micro-batches per optimiser step.
         lr: peak learning rate of AdamW.
-        method: "sampled", the paper's; or a baseline: "resized" (the dense model on an input that
-            meets the budget; `size` is the full one), "relu_gate" (computed where an activation is
-            positive, zeros elsewhere), "perforated" (fixed patterns; the paper behind it fills with
-            `interpolation="nearest"`). The deterministic baseline is "sampled" with `noise="none"`.
-        budget: share of the dense model's MACs to compute, in (0, 1], everything counted. None: a
-            dense model, unless `sampling_weight` is given.
-        sampling_weight: fixed weight of the expected share instead of a budget, as published.
-        weights: what `sampling_weight` is charged on: share of MACs, the published mean of
-            probabilities, or the plain mean over the masks.
         init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model.
-        teacher: checkpoint of a dense model that is learnt from beside the annotations; usually
-            the one of `init`.
-        layout: masks per residual block: "a", "b" (the paper's default) or "c".
-        noise: sampling noise: "white" (the paper), "blue", "none".
-        grid_stride: spacing of the pixels that are always computed; the paper's 11, its ablation's
-            9 and 13, or None for no grid.
-        interpolation: kernel that fills what is not computed: "rbf" (the paper's default), "conv",
-            "average", "nearest"; None leaves zeros.
-        eps: added to the interpolation's denominator, 1e-5 in the published code; None is exact.
-        straight_through: train with hard masks and soft gradients; wants an `eps`.
-        anneal_share: part of the run in which the temperature falls, in (0, 1].
         seed: of weights, order, augmentation and noise.
         out: folder for the results: weights.safetensors, result.json, last.ckpt, log/metrics.csv.
         resume: go on from `out`/last.ckpt; repeat the other flags.
@@ -114,7 +81,8 @@ def camvid(
         progress_bar: draw it.
         quick: two epochs of two batches; on drawn scenes where no data is given. Proves that the
             recipe runs.
-        **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
+        **shared: flags of `sparsight.train.shared_flags`: sampling, teacher, processes, machines,
+            memory.
 
     Returns:
         What is also written to result.json: mIoU, IoU per class, MACs, share. Empty in all
@@ -125,6 +93,7 @@ def camvid(
             checkpoint of another architecture.
         FileNotFoundError: data folders or checkpoint missing.
     """
+    flags, distillation, hardware = shared_flags(**shared)
     if data is None and not quick:
         raise ValueError(
             "camvid: no data folder was given; a folder with train/, trainannot/, val/ and "
@@ -156,22 +125,7 @@ def camvid(
         pooling=pooling,
         pools_strides=pools_strides,
     )
-    planned = plan(
-        method=method,
-        sampling=Sampling(
-            layout=layout,
-            noise=noise,
-            grid_stride=grid_stride,
-            interpolation=interpolation,
-            eps=eps,
-            is_straight_through=straight_through,
-        ),
-        size=size,
-        budget=budget,
-        sampling_weight=sampling_weight,
-        weights=weights,
-        dense=lambda: build_dense(dense),
-    )
+    planned = flags.plan(size=size, dense=lambda: build_dense(dense))
     recipe = Recipe(
         train_data=train_data,
         train_transform=training_transform(planned.size, ignore_index=train_data.ignore_index),
@@ -186,18 +140,18 @@ def camvid(
         accumulate=accumulate,
         max_batches=2 if quick else None,
         shows_progress=progress_bar,
-        anneal_share=anneal_share,
-        hardware=Hardware(**hardware),
+        anneal_share=flags.anneal_share,
+        hardware=hardware,
     )
     return train_segmentation(
         recipe,
         name="camvid segmentation",
         dense=dense,
         planned=planned,
-        budget=budget,
+        budget=flags.budget,
         lr=lr,
         init=init,
-        teacher=teacher,
+        distillation=distillation,
         resume=resume,
-        details={"method": method},
+        details={"method": flags.method},
     )

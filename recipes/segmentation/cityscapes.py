@@ -12,9 +12,8 @@ from sparsight.train.data import (
     evaluation_transform,
     training_transform,
 )
-from sparsight.train.hardware import Hardware
+from sparsight.train.distillation import shared_flags
 from sparsight.train.recipe import Recipe
-from sparsight.train.sampling import InterpolationKind, Layout, Method, Noise, Sampling, plan
 from sparsight.train.segmentation_run import train_segmentation
 
 
@@ -33,19 +32,7 @@ def cityscapes(
     batch_size: int = 8,
     accumulate: int = 1,
     lr: float = 1e-3,
-    method: Method = "sampled",
-    budget: float | None = None,
-    sampling_weight: float | None = None,
-    weights: Literal["macs", "published", "uniform"] = "macs",
     init: str | None = None,
-    teacher: str | None = None,
-    layout: Layout = "b",
-    noise: Noise = "white",
-    grid_stride: int | None = 11,
-    interpolation: InterpolationKind | None = "rbf",
-    eps: float | None = None,
-    straight_through: bool = False,
-    anneal_share: float = 1.0,
     seed: int = 0,
     out: str = "runs/cityscapes",
     resume: bool = False,
@@ -53,7 +40,7 @@ def cityscapes(
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     progress_bar: bool = True,
     quick: bool = False,
-    **hardware: Any,
+    **shared: Any,
 ) -> dict[str, Any]:
     """Train a segmentation model on Cityscapes and score it on the validation images.
 
@@ -83,27 +70,7 @@ def cityscapes(
         batch_size: images per process and micro-batch.
         accumulate: micro-batches per optimiser step.
         lr: peak learning rate of AdamW.
-        method: "sampled", the paper's; or a baseline: "resized" (the dense model on an input that
-            meets the budget; `size` is the full one), "relu_gate" (computed where an activation is
-            positive, zeros elsewhere), "perforated" (fixed patterns; the paper behind it fills with
-            `interpolation="nearest"`). The deterministic baseline is "sampled" with `noise="none"`.
-        budget: share of the dense model's MACs to compute, in (0, 1], everything counted. None: a
-            dense model, unless `sampling_weight` is given.
-        sampling_weight: fixed weight of the expected share instead of a budget, as published.
-        weights: what `sampling_weight` is charged on: share of MACs, the published mean of
-            probabilities, or the plain mean over the masks.
         init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model.
-        teacher: checkpoint of a dense model that is learnt from beside the annotations; usually
-            the one of `init`.
-        layout: masks per residual block: "a", "b" (the paper's default) or "c".
-        noise: sampling noise: "white" (the paper), "blue", "none".
-        grid_stride: spacing of the pixels that are always computed; the paper's 11, its ablation's
-            9 and 13, or None for no grid.
-        interpolation: kernel that fills what is not computed: "rbf" (the paper's default), "conv",
-            "average", "nearest"; None leaves zeros.
-        eps: added to the interpolation's denominator, 1e-5 in the published code; None is exact.
-        straight_through: train with hard masks and soft gradients; wants an `eps`.
-        anneal_share: part of the run in which the temperature falls, in (0, 1].
         seed: of weights, order, augmentation and noise.
         out: folder for the results: weights.safetensors, result.json, last.ckpt, log/metrics.csv.
         resume: go on from `out`/last.ckpt; repeat the other flags.
@@ -112,7 +79,8 @@ def cityscapes(
         progress_bar: draw it.
         quick: two epochs of two batches; on drawn scenes where no data is given. Proves that the
             recipe runs.
-        **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
+        **shared: flags of `sparsight.train.shared_flags`: sampling, teacher, processes, machines,
+            memory.
 
     Returns:
         What is also written to result.json: mIoU, IoU per class, MACs, share. Empty in all
@@ -123,6 +91,7 @@ def cityscapes(
             checkpoint of another architecture.
         FileNotFoundError: data folders or checkpoint missing.
     """
+    flags, distillation, hardware = shared_flags(**shared)
     if data is None and not quick:
         raise ValueError(
             "cityscapes: no data folder was given; a folder with leftImg8bit/ and gtFine/ is "
@@ -154,22 +123,7 @@ def cityscapes(
         head_channels=head_channels if is_fpn else None,
         size=size,
     )
-    planned = plan(
-        method=method,
-        sampling=Sampling(
-            layout=layout,
-            noise=noise,
-            grid_stride=grid_stride,
-            interpolation=interpolation,
-            eps=eps,
-            is_straight_through=straight_through,
-        ),
-        size=size,
-        budget=budget,
-        sampling_weight=sampling_weight,
-        weights=weights,
-        dense=lambda: build_dense(dense),
-    )
+    planned = flags.plan(size=size, dense=lambda: build_dense(dense))
     # A resized input is cropped in proportion, so that a crop shows as much of the scene.
     height, width = (max(1, c * p // s) for c, p, s in zip(crop, planned.size, size, strict=True))
     cropped = height, width
@@ -189,18 +143,18 @@ def cityscapes(
         accumulate=accumulate,
         max_batches=2 if quick else None,
         shows_progress=progress_bar,
-        anneal_share=anneal_share,
-        hardware=Hardware(**hardware),
+        anneal_share=flags.anneal_share,
+        hardware=hardware,
     )
     return train_segmentation(
         recipe,
         name="cityscapes segmentation",
         dense=dense,
         planned=planned,
-        budget=budget,
+        budget=flags.budget,
         lr=lr,
         init=init,
-        teacher=teacher,
+        distillation=distillation,
         resume=resume,
-        details={"method": method},
+        details={"method": flags.method},
     )

@@ -66,6 +66,11 @@ def evaluate(
     from sparsight.train.checkpoint import write_atomically
     from sparsight.train.evaluate_checkpoint import evaluate_checkpoint
 
+    if out is not None and Path(out).is_dir():  # said before the images are scored, not after
+        raise ValueError(
+            f"sparsight evaluate: out={out!r} is a folder; a file is required; pass --out "
+            f"{Path(out) / 'evaluation.json'}."
+        )
     result = evaluate_checkpoint(
         checkpoint,
         data=data,
@@ -230,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _dispatch(arguments[0], arguments[1:])
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if shows_traceback:
             raise
         print(f"sparsight: error: {error}", file=sys.stderr)
@@ -326,7 +331,7 @@ def _pixels(path: str | None, size: tuple[int, int]) -> torch.Tensor:
 
     if path is None:
         return draw_scene(size, seed=0).image
-    return torch.from_numpy(read_image(path)).permute(2, 0, 1)
+    return torch.from_numpy(read_image(path, owner="sparsight profile")).permute(2, 0, 1)
 
 
 if __name__ == "__main__":

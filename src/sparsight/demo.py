@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from sparsight.convert import freeze, sparsify
 from sparsight.measure import environment, measure_latency
-from sparsight.nn.budget import BudgetController, settle_on_budget
+from sparsight.nn.budget import BudgetController
 from sparsight.train.architecture import Architecture, Sampling, build_dense
 from sparsight.train.checkpoint import save_checkpoint, write_atomically
 from sparsight.train.data import (
@@ -27,9 +27,10 @@ from sparsight.train.data import (
     evaluation_transform,
     training_transform,
 )
-from sparsight.train.evaluate import Score, measured_share, score
+from sparsight.train.evaluate import Score, score
 from sparsight.train.pictures import draw_masks
 from sparsight.train.recipe import Recipe
+from sparsight.train.settling import settle
 from sparsight.train.tasks import SegmentationTask
 
 
@@ -118,13 +119,13 @@ def demo(
     print("\n== 3 of 3: the dense network again, for as many steps more", flush=True)
     control = train(copy.deepcopy(dense), architecture, "control")
 
-    images = [x for x, _ in recipe.validation_batches()]
-    settle_on_budget(sampled, lambda: measured_share(sampled, images), budget)
+    settle(sampled, recipe, budget, num_images=32)
     save_checkpoint(folder / "weights.safetensors", sampled, sampled_form)
 
     shrink = math.sqrt(budget)
     small = (max(32, round(size[0] * shrink)), max(32, round(size[1] * shrink)))
-    image = images[0][:1].contiguous(memory_format=torch.channels_last)
+    images, _ = next(iter(recipe.validation_batches()))
+    image = images[:1].contiguous(memory_format=torch.channels_last)
     small_image = SeededView(held_out, evaluation_transform(small))[0][0][None]
     small_image = small_image.contiguous(memory_format=torch.channels_last)
     frozen = freeze(sampled, example=image)

@@ -132,3 +132,26 @@ def test_stages_keep_the_scripts_order_whichever_was_measured_first(stages, tmp_
     assert [row["n"] for row in written(stem)["rows"]] == ["first", "second"]
     with pytest.raises(ValueError, match=r"there is no stage third; this script has first, second"):
         stages.run_stages(open_file(stages, stem), both, command="run", only=["third"])
+
+
+def test_stages_with_columns_of_their_own_have_a_table_each(stages, tmp_path):
+    stem = tmp_path / "pool"
+    file = open_file(stages, stem, order=("first", "second", "third"))
+    rows = {"first": [{"n": 1, "ms": 2}], "second": [{"n": 3}], "third": [{"n": 4, "MiB": 5}]}
+    stages.run_stages(
+        file,
+        [stages.Stage(name, lambda name=name: rows[name]) for name in rows],
+        command="run",
+    )
+    text = stem.with_suffix(".md").read_text(encoding="utf-8")
+    assert "## first, second\n\n| n | ms |" in text
+    assert "## third\n\n| n | MiB |" in text
+    assert text.index("| 3 |") < text.index("## third")
+
+
+def test_one_table_has_no_heading_of_its_own(stages, tmp_path):
+    stem = tmp_path / "block"
+    stages.run_stages(
+        open_file(stages, stem), [stages.Stage("first", lambda: [{"n": 1}])], command="run"
+    )
+    assert "## first" not in stem.with_suffix(".md").read_text(encoding="utf-8")

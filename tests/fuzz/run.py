@@ -4,13 +4,14 @@
     python tests/fuzz/run.py --cases 100000 --seed 7   the long run, by hand
     python tests/fuzz/run.py --case 4711               one case again
 
-Case number n is a convolution, an interpolation or a block (deformable or not), drawn from
-(seed, n) alone: shape, stride, dilation, groups, density, layout and alignment of the inputs. Every
+Case number n is a convolution, an interpolation, a block (deformable or not) or a pooling, drawn
+from (seed, n) alone: shape, stride, dilation, groups, density, layout and alignment of the inputs;
+of a pooling (forward and backward) also rank, padding, ceil_mode, infinities and NaN. Every
 instruction set of this machine runs it on one thread, within the bound of the table in
 tests/ops/conftest.py, and on two threads, bit for bit the same. Outputs start as NaN between
 guards. Where the CPU has bfloat16 instructions, cases are also bfloat16 blocks, half of them of
-whole numbers that must be exact, and bfloat16 weights read back from a packed convolution. Exits
-with 1 at the first miss.
+whole numbers that must be exact, and bfloat16 weights read back from a packed convolution; poolings
+run in bfloat16, too. Exits with 1 at the first miss.
 """
 
 import argparse
@@ -35,9 +36,10 @@ from sparsight.nn import (
     ZeroFill,
 )
 from sparsight.nn.frozen_block import FrozenBlock
-from sparsight.ops import cpu, reference
+from sparsight.ops import cpu, pool_reference, reference
 
 TESTS = Path(__file__).resolve().parents[1]
+MARGIN = 256  # numbers on each side of a guarded map
 
 
 def load(name: str, folder: Path) -> ModuleType:
@@ -52,6 +54,7 @@ def load(name: str, folder: Path) -> ModuleType:
 
 shared = load("conftest", TESTS / "ops")
 blocks = load("test_block", TESTS / "ops")
+pooling = load("test_pool", TESTS / "ops")
 narrow = load("rounding", TESTS / "bfloat16")
 
 
@@ -269,12 +272,123 @@ def fuzz_narrow_weights(draw) -> str:
     return "bfloat16 weight"
 
 
+def guarded_map(shape, dtype: torch.dtype, fmt: torch.memory_format) -> torch.Tensor:
+    """A map of NaN inside a buffer of NaN, of any rank and format."""
+    like = torch.empty(shape, dtype=dtype, memory_format=fmt)
+    buffer = torch.full((like.numel() + 2 * MARGIN,), torch.nan, dtype=dtype)
+    return buffer.as_strided(like.shape, like.stride(), MARGIN)
+
+
+def is_beside_intact(made: torch.Tensor) -> bool:
+    """Whether all around a guarded map is still NaN."""
+    buffer = made.as_strided((made.numel() + 2 * MARGIN,), (1,), 0)
+    return bool(buffer[:MARGIN].isnan().all() and buffer[-MARGIN:].isnan().all())
+
+
+def check_pooled(made: torch.Tensor, truth: torch.Tensor, bound: torch.Tensor, note: str) -> None:
+    """Raise AssertionError unless finite values are within the bound and the others the same."""
+    made, finite = made.double(), truth.isfinite()
+    same = torch.equal(made[~finite].nan_to_num(3.0), truth[~finite].nan_to_num(3.0))
+    assert same, f"over its bound, an infinity or NaN: {note}"
+    excess = ((made - truth).abs() - bound)[finite]
+    assert not excess.numel() or excess.max() <= 0, (
+        f"over its bound by {excess.max().item():.3g}: {note}"
+    )
+
+
+def with_extremes(draw, x: torch.Tensor) -> torch.Tensor:
+    """Some values replaced by infinities, NaN and numbers near the largest of float16."""
+    for value in (math.inf, -math.inf, math.nan, 6e4, -6e4):
+        x = torch.where(draw.uniform(*x.shape) < draw.one_of(0.0, 0.02, 0.3), value, x)
+    return x
+
+
+def fuzz_pooling(draw) -> str:
+    """One SoftPool forward and backward: every kernel and dtype, and through autograd."""
+    rank = draw.one_of(1, 2, 3)
+    shape, numbers = pooling.random_case(draw, rank)
+    if draw.one_of(True, False):  # windows side by side have a backward of their own
+        tiled = (numbers[0], numbers[0], numbers[2], [1] * rank, numbers[4])
+        if min(pool_reference.output_size(shape[2:], *tiled)) >= 1:
+            numbers = tiled
+    fmt = draw.one_of(*pooling.FORMATS[rank])
+    detached = draw.one_of(True, False)
+    wide = draw.normal(*shape) * draw.one_of(0.1, 1.0, 8.0, 1e4)
+    if draw.one_of(True, False, False):
+        wide = with_extremes(draw, wide)
+    size = pool_reference.output_size(shape[2:], *numbers)
+    wide_grad = draw.normal(*shape[:2], *size)
+    dtypes = [torch.float32, draw.one_of(torch.float64, torch.float16, torch.bfloat16)]
+    if cpu.has_bfloat16() and torch.bfloat16 not in dtypes:
+        dtypes.append(torch.bfloat16)
+    for dtype in dtypes:
+        note = f"{shape} {numbers} {fmt} {dtype}, detached {detached}"
+        x = guarded_map(shape, dtype, fmt).copy_(wide)
+        grad = guarded_map(wide_grad.shape, dtype, fmt).copy_(wide_grad)
+        truth, bound, sent, sent_bound = pooled_truth(x, grad, numbers, detached)
+        isas = cpu.available_isas() if dtype == torch.float32 else []
+        if dtype == torch.bfloat16 and cpu.has_bfloat16():
+            isas = ["auto"]
+        for isa in isas:
+            pairs = []
+            for num_threads in (1, 2):
+                options = {"isa": isa, "num_threads": num_threads}
+                out = guarded_map(truth.shape, dtype, fmt)
+                cpu.soft_pool(x, size, *numbers[:4], fmt, **options, out=out)
+                made = guarded_map(shape, dtype, fmt)
+                cpu.soft_pool_backward(
+                    grad, x, *numbers[:4], fmt, detached=detached, **options, out=made
+                )
+                is_intact = is_beside_intact(out) and is_beside_intact(made)
+                assert is_intact, f"written beside the output: {isa}, {note}"
+                pairs.append((out, made))
+            check_pooled(pairs[0][0], truth, bound, f"soft_pool, {isa}, {note}")
+            check_pooled(pairs[0][1], sent, sent_bound, f"backward, {isa}, {note}")
+            for one, two in zip(*pairs, strict=True):
+                check_same(one.nan_to_num(3.0), two.nan_to_num(3.0), f"{isa}, {note}")
+        names = dict(zip(("stride", "padding", "dilation", "ceil_mode"), numbers[1:], strict=True))
+        leaf = x.detach().requires_grad_()
+        y = pooling.SOFT_POOL[rank](
+            leaf, numbers[0], **names, gradient="detached" if detached else "exact"
+        )
+        check_pooled(y.detach(), truth, bound, f"through autograd, {note}")
+        check_pooled(
+            torch.autograd.grad(y, leaf, grad)[0], sent, sent_bound, f"through autograd, {note}"
+        )
+    return "pooling"
+
+
+def pooled_truth(
+    x: torch.Tensor, grad: torch.Tensor, numbers: tuple, detached: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output and gradient in float64, and after each what it may be off by."""
+    truth = pool_reference.soft_pool(x.double(), *numbers)
+    sent = pool_reference.soft_pool_backward(grad.double(), x.double(), *numbers, detached)
+    ulp = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    # One rounding to a narrow dtype, of which float16 has no small normal numbers.
+    info = torch.finfo(x.dtype)
+    rounding = (info.eps / 2, info.smallest_normal * info.eps) if x.itemsize == 2 else (0.0, 0.0)
+    largest = x[x.isfinite()].double().abs().max() if x.isfinite().any() else 0.0
+    twin = pooling.in_torch(x.to(torch.promote_types(x.dtype, torch.float32)), numbers).double()
+    lost = (twin - truth)[truth.isfinite() & twin.isfinite()].abs()
+    bound = (2 * lost.max() if lost.numel() else 0.0) + 4 * ulp * largest
+    # Of an input: sum of |g| w over its windows.
+    weighed = pool_reference.soft_pool_backward(grad.double().abs(), x.double(), *numbers, True)
+    scale = weighed.nan_to_num(0.0).max() * (1 + 2 * largest)
+    return (
+        truth,
+        bound + rounding[0] * truth.abs() + rounding[1],
+        sent,
+        16 * ulp * scale + rounding[0] * sent.abs() + rounding[1],
+    )
+
+
 def check_same(one: torch.Tensor, two: torch.Tensor, note: str) -> None:
     """Raise AssertionError unless one and two threads agree bit for bit."""
     assert torch.equal(one, two), f"two threads differ from one: {note}"
 
 
-KINDS = (fuzz_convolution, fuzz_interpolation, fuzz_block)
+KINDS = (fuzz_convolution, fuzz_interpolation, fuzz_block, fuzz_pooling)
 NARROW_KINDS = (fuzz_narrow_block, fuzz_narrow_weights)
 
 

@@ -16,7 +16,7 @@ SPEC.loader.exec_module(run)
 
 def test_every_kind_is_drawn_and_passes():
     kinds = {run.run_case(1, number) for number in range(16)}
-    expected = {"convolution", "interpolation", "block"}
+    expected = {"convolution", "interpolation", "block", "pooling"}
     if cpu.has_bfloat16():
         expected |= {"bfloat16 block", "bfloat16 weight"}
     assert kinds == expected
@@ -29,12 +29,15 @@ def test_a_number_is_always_the_same_case():
     assert torch.equal(one.x, two.x)
 
 
-@pytest.mark.parametrize("kernel", ["sampled_conv2d", "interpolate", "sampled_block"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["sampled_conv2d", "interpolate", "sampled_block", "soft_pool", "soft_pool_backward"],
+)
 def test_one_wrong_element_is_a_miss(kernel, monkeypatch):
     right = getattr(cpu, kernel)
     monkeypatch.setattr(cpu, kernel, lambda *args, **options: spoil(right, *args, **options))
     with pytest.raises(AssertionError, match=r"over its bound"):
-        for number in range(12):
+        for number in range(20):
             run.run_case(1, number)
 
 
@@ -42,5 +45,5 @@ def spoil(kernel, *args, out=None, **options):
     """Run the kernel; where the runner looks at `out`, move its last element by a little."""
     made = kernel(*args, out=out, **options)
     if out is not None:
-        out[-1, -1, -1, -1] += 0.01
+        out[(-1,) * out.ndim] += 0.01
     return made

@@ -46,6 +46,23 @@ def test_the_target_falls_linearly_to_the_budget():
     assert controller.target(1.0) == pytest.approx(0.35)
 
 
+def test_what_the_expected_share_leaves_out_is_averaged_over_the_measurements():
+    controller = BudgetController(0.4, ramp=0.0)
+    differences = [0.06, -0.02, 0.05, 0.0]
+    for difference in differences:  # as many as 1 / (1 - memory): their mean
+        controller.calibrate(0.5 + difference, 0.5, memory=0.75)
+    mean = sum(differences) / 4
+    assert controller.target(1.0) == pytest.approx(0.4 - mean)
+    restored = BudgetController(0.4, ramp=0.0)
+    restored.load_state_dict(controller.state_dict())
+    for one in (controller, restored):
+        one.calibrate(0.6, 0.5, memory=0.75)
+    expected = 0.4 - (0.75 * mean + 0.25 * 0.1)
+    assert controller.target(1.0) == restored.target(1.0) == pytest.approx(expected)
+    controller.calibrate(0.6, 0.5)  # no memory: as it is
+    assert controller.target(1.0) == pytest.approx(0.3)
+
+
 def test_the_target_falls_from_where_a_sampled_model_starts():
     controller = BudgetController(0.4, ramp=0.5)
     controller.update([], SharePull(0.6, 0.1, 0.1), progress=0.0)
@@ -191,7 +208,6 @@ def test_a_fixed_price_is_a_weight():
     price = SamplingPrice(0.2)
     share = torch.tensor(0.5, requires_grad=True)
     price.update([], SharePull(0.5, 0.1, 0.1), progress=0.5)
-    price.calibrate(0.5, 0.4)
     price(share).backward()
     assert float(share.grad) == pytest.approx(0.2)
 

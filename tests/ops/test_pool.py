@@ -233,6 +233,32 @@ def test_maps_of_many_blocks_are_right(draw, isa):
             torch.testing.assert_close(made.double(), sent, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_are_split_over_threads_where_outputs_are_few(draw, isa, dtype):
+    """A global pooling, two overlapping windows and two side by side, of 200 channels."""
+    if dtype == torch.bfloat16 and (isa != "avx512" or not cpu.has_bfloat16()):
+        pytest.skip("bfloat16 has kernels for AVX-512 BF16 only")
+    fmt = torch.channels_last
+    for size, numbers in (
+        ((7, 7), ([7, 7], [7, 7], [0, 0], [1, 1], False)),
+        ((3, 5), ([3, 3], [2, 2], [0, 0], [1, 1], False)),
+        ((3, 7), ([2, 3], [2, 3], [0, 0], [1, 1], False)),
+    ):
+        x = draw(0).normal(1, 200, *size).to(dtype).contiguous(memory_format=fmt)
+        truth = reference.soft_pool(x.double(), *numbers)
+        grad = draw(1).normal(*truth.shape).to(dtype)
+        sent = reference.soft_pool_backward(grad.double(), x.double(), *numbers, False)
+        rounding = 2**-8 if dtype == torch.bfloat16 else 0.0
+        for num_threads in (1, 2, 5):
+            options = {"isa": isa, "num_threads": num_threads}
+            out = torch.full_like(truth, torch.nan, dtype=dtype).contiguous(memory_format=fmt)
+            cpu.soft_pool(x, truth.shape[2:], *numbers[:4], fmt, **options, out=out)
+            torch.testing.assert_close(out.double(), truth, rtol=rounding, atol=2e-6)
+            made = torch.full_like(x, torch.nan)
+            cpu.soft_pool_backward(grad, x, *numbers[:4], fmt, detached=False, **options, out=made)
+            torch.testing.assert_close(made.double(), sent, rtol=rounding, atol=1e-5)
+
+
 def test_windows_of_more_taps_than_are_kept(draw, isa):
     x = draw(2).normal(2, 5, 13, 11)
     numbers = ([13, 11], [1, 1], [0, 0], [1, 1], False)

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparsight.compress import prune_filters
 from sparsight.nn import SampledBlock, Sampler
 from sparsight.nn.pooling import PooledConv2d
 from sparsight.train.architecture import (
@@ -14,6 +15,7 @@ from sparsight.train.architecture import (
     at_size,
     build_dense,
     convert,
+    pruned_architecture,
 )
 
 SMALL = Architecture(num_classes=3, fpn_channels=8, head_channels=8, size=(32, 48))
@@ -38,6 +40,33 @@ def test_json_gives_the_same_architecture_back():
 def test_a_model_says_what_it_is_for(model, task):
     assert replace(SMALL, model=model).task == task
     assert DETECTOR.task == "detection"
+
+
+def test_a_pruned_architecture_is_rebuilt_as_narrow_as_it_is():
+    cifar = replace(SMALL, model="resnet_cifar", backbone="resnet8", size=(16, 16))
+    image = torch.randn(1, 3, 16, 16)
+    smaller = prune_filters(build_dense(cifar), image, ratio=0.5)
+    pruned = pruned_architecture(cifar, smaller)
+    assert pruned.widths is not None and pruned.widths["layer1.0.conv1.weight"] == [8, 16, 3, 3]
+    assert "conv1.weight" not in pruned.widths  # as wide as ever
+    text = json.dumps(pruned.to_json())
+    again = Architecture.from_json(json.loads(text))
+    assert again == pruned
+    rebuilt = build_dense(again)
+    rebuilt.load_state_dict(smaller.state_dict())
+    assert torch.equal(rebuilt.eval()(image), smaller.eval()(image))
+    sampled = convert(build_dense(pruned), replace(pruned, sampling=Sampling(grid_stride=None)))
+    assert sampled.eval()(image).shape == (1, 3)
+    assert pruned_architecture(pruned, smaller) == pruned
+    assert cifar.differences(pruned) == ["it is pruned"]
+    assert pruned.differences(cifar) == ["its layers have other widths"]
+    assert pruned_architecture(cifar, build_dense(cifar)) == cifar
+
+
+def test_json_written_before_widths_were_recorded_is_read():
+    values = SMALL.to_json()
+    del values["widths"]
+    assert Architecture.from_json(values) == SMALL
 
 
 def test_json_of_another_version_is_refused():
@@ -146,6 +175,8 @@ def test_a_detector_resizes_to_the_size_it_is_told():
     assert images.image_sizes == [(32, 40)]
     segmenter = build_dense(SMALL)
     assert at_size(segmenter, SMALL, (64, 64)) == replace(SMALL, size=(64, 64))
+    with pytest.raises(ValueError, match=r"at_size: size=64x7; at least 8 pixels a side"):
+        at_size(segmenter, SMALL, (64, 7))
 
 
 @pytest.mark.parametrize(("first", "expected"), [(1, 8), (2, 6), (4, 2)])

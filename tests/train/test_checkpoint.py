@@ -90,6 +90,24 @@ def test_weights_without_an_architecture_are_refused(tmp_path):
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("text", ["{nope", "[1, 2]"])
+def test_an_architecture_that_is_none_is_refused(tmp_path, text):
+    path = tmp_path / "weights.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata={"sparsight.architecture": text})
+    with pytest.raises(ValueError, match=r"architecture' in '.*' reads '.*fields .* as JSON"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling()])
+def test_weights_that_do_not_fit_their_architecture_are_refused(tmp_path, sampling):
+    path = tmp_path / "weights.safetensors"
+    architecture = replace(SMALL, sampling=sampling)
+    wider = replace(architecture, fpn_channels=16)
+    save_checkpoint(path, convert(build_dense(architecture), architecture), wider)
+    with pytest.raises(ValueError, match=r"do not fit .*laterals\.0\.weight.* such\); .*version"):
+        load_checkpoint(path)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "state"
     write_atomically(path, b"old")

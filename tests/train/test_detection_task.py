@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import lightning as L
@@ -5,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsight.compress import Distiller, FeatureHints
 from sparsight.measure import count_macs
 from sparsight.nn import Sampler, record_sampling
 from sparsight.nn.budget import SamplingPrice
@@ -156,3 +158,37 @@ def test_the_published_optimiser_is_the_default(data):
     assert [factor(step) for step in (0, 500, 7999, 8000, 11_000)] == pytest.approx(
         [1 / 3, 1, 1, 0.1, 0.01]
     )
+
+
+def test_hints_are_charged_beside_the_losses_of_detection(data):
+    """The teacher sees what the student's backbone saw: resized, normalised, padded."""
+    task = make_task(data, DENSE)
+    torch.manual_seed(1)
+    teacher = build_dense(DENSE).backbone
+    student = task.model.backbone
+    example = torch.zeros(1, 3, 64, 96)
+    hints = FeatureHints(student, teacher, ["fpn"], example=example)
+    task.distiller = Distiller(teacher, student, features=hints, feature_weight=2.0, logits_of=None)
+    images, targets = batch_of(data, 0, 1)
+    wanted = [{"boxes": t["boxes"], "labels": t["labels"]} for t in targets]
+    task.log_dict = lambda *_, **__: None
+    torch.manual_seed(2)
+    loss = task.train().task_loss((images, targets))
+    torch.manual_seed(2)
+    alone = torch.stack(list(task.model(images, wanted).values())).sum()
+    batch = backbone_input(task.model, images)
+    maps = zip(student(batch).values(), teacher(batch).values(), strict=True)
+    compared = torch.stack([nn.functional.mse_loss(v, u) for v, u in maps]).mean()
+    torch.testing.assert_close(loss, alone + 2 * compared)
+    assert not task.model.backbone._forward_pre_hooks
+
+
+def test_a_detector_that_is_its_own_teacher_learns_nothing_from_it(data):
+    task = make_task(data, DENSE).eval()
+    teacher = copy.deepcopy(task.model.backbone)
+    hints = FeatureHints(task.model.backbone, teacher, ["fpn"], example=torch.zeros(1, 3, 64, 96))
+    distiller = Distiller(teacher, task.model.backbone, features=hints, logits_of=None)
+    images = backbone_input(task.model, batch_of(data, 0)[0])
+    with distiller.recording() as features:
+        task.model.backbone(images)
+    assert distiller.loss(images, None, features=features).item() == 0

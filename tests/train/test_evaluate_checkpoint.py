@@ -96,3 +96,5 @@ def test_no_seed_is_refused(checkpoint_of):
     weights, root = checkpoint_of("cifar10")
     with pytest.raises(ValueError, match=r"evaluate_checkpoint: seeds=0; at least 1 is required"):
         evaluate_checkpoint(weights, data=root, seeds=0)
+    with pytest.raises(ValueError, match=r"evaluate_checkpoint: batch_size=0; at least 1"):
+        evaluate_checkpoint(weights, data=root, batch_size=0)

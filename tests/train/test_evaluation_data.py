@@ -1,9 +1,11 @@
 """Which data set a checkpoint is scored on, and its images as models take them."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import Subset
 
@@ -129,6 +131,22 @@ def test_another_number_of_classes_is_refused(checkpoint_of):
         open_with("imagenet", checkpoint_of)
     with pytest.raises(ValueError, match=r"Coco: num_classes=10, but the annotations have 2"):
         open_with("coco", checkpoint_of)
+
+
+def test_annotations_of_several_sizes_are_scored_one_by_one(checkpoint_of, tmp_path):
+    _, root = checkpoint_of("camvid")
+    shutil.copytree(root, tmp_path / "data")
+    for folder, mode in (("val", "RGB"), ("valannot", "L")):
+        Image.new(mode, (60, 20)).save(tmp_path / "data" / folder / "scene1.png")
+    images = open_evaluation_data(
+        "camvid", tmp_path / "data", split="val", num_classes=11, size=(32, 48)
+    )
+    with pytest.raises(
+        ValueError, match=r"20x60 and 32x48 pixels in one batch of 4.*--batch-size 1"
+    ):
+        next(iter(images.batches(8)))
+    sizes = [tuple(labels.shape) for _, labels in images.batches(1)]
+    assert sizes == [(1, 32, 48), (1, 20, 60), (1, 32, 48), (1, 32, 48)]
 
 
 def test_cifar10_comes_in_one_size(checkpoint_of):

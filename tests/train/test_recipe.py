@@ -4,11 +4,19 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from torch import nn
 
+from sparsight.measure import count_macs
+from sparsight.nn import Sampler
 from sparsight.nn.budget import BudgetController
 from sparsight.train import recipe as recipe_module
 from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
-from sparsight.train.data import SyntheticScenes, evaluation_transform, training_transform
+from sparsight.train.data import (
+    SeededView,
+    SyntheticScenes,
+    evaluation_transform,
+    training_transform,
+)
 from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
 from sparsight.train.tasks import SegmentationTask
@@ -136,6 +144,57 @@ def test_what_is_validated_is_shared_out_without_repeats(tmp_path):
     assert [[len(images) for images, _ in part] for part in parts] == [[2, 2], [2, 1]]
     shared = torch.cat([images for part in parts for images, _ in part])  # 0 1 4 5, then 2 3 6
     assert torch.equal(shared[[0, 1, 4, 5, 2, 3, 6]], whole)
+
+
+def test_what_is_measured_are_training_images_without_augmentation(tmp_path):
+    made = replace(make_recipe(tmp_path), train_data=SyntheticScenes(7, size=(40, 60), seed=1))
+    view = SeededView(made.train_data, made.val_transform)
+    plain = [view[i][0] for i in range(7)]
+
+    def seen(batch):
+        return [next(i for i in range(7) if torch.equal(image, plain[i])) for image in batch[0]]
+
+    rounds = [seen(made.measured_batch(number)) for number in range(7)]
+    flat = [index for indices in rounds for index in indices]
+    assert sorted(flat[:7]) == sorted(flat[7:]) == list(range(7))  # all, then all again
+    assert flat[:7] == flat[7:] != list(range(7))
+    assert [seen(batch) for batch in made.measured_batches(100)] == rounds[:3]
+    assert [seen(batch) for batch in made.measured_batches(1)] == rounds[:1]
+    parts = [seen(made.measured_batch(1, rank=rank, num_processes=2)) for rank in (0, 1)]
+    assert parts == rounds[2:4]  # what one process with twice the batch would see
+
+
+def test_validation_images_steer_nothing(tmp_path):
+    """The budget is held by what training images need, so that scores are of unseen images."""
+    states = []
+    for seed in (2, 3):
+        task = make_task()
+        val_data = SyntheticScenes(2, size=(32, 48), seed=seed)
+        made = make_recipe(tmp_path / str(seed), epochs=1, max_batches=1)
+        replace(made, val_data=val_data).fit(task)
+        states.append(task.state_dict())
+    assert float(states[0]["objective.offset"]) != 0.0
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+
+
+def test_the_controller_is_told_what_is_measured_as_at_inference(tmp_path):
+    """Nothing learns, norms are full of other images' statistics: the offset can be recounted."""
+    task = make_task()
+    task.lr = 0.0
+    task.objective.rate = 0.0
+    for module in task.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+            nn.init.normal_(module.running_mean)
+        elif isinstance(module, Sampler):
+            nn.init.zeros_(module.head.bias)
+    made = make_recipe(tmp_path, epochs=1, max_batches=1)
+    made.fit(task)
+    counted = count_macs(task.model.eval(), made.measured_batch(0)[0])
+    expected = float(task.trainer.callback_metrics["expected_share"])
+    assert float(task.trainer.callback_metrics["measured_share"]) == pytest.approx(counted.ratio)
+    assert float(task.objective.offset) == pytest.approx(counted.ratio - expected, abs=1e-6)
 
 
 def test_the_noise_of_a_step_depends_on_the_step_and_the_process_alone():

@@ -6,7 +6,7 @@ from torch import nn
 from sparsight.convert import sparsify
 from sparsight.measure import count_macs
 from sparsight.nn import Sampler
-from sparsight.nn.budget import SamplingPrice
+from sparsight.nn.budget import BudgetController, SamplingPrice
 from sparsight.train.architecture import Architecture
 from sparsight.train.sampled_task import (
     SampledTask,
@@ -82,6 +82,33 @@ def test_a_task_with_lists_of_images_is_trained_measured_and_logged():
     assert 0.4 < float(logged["expected_share"]) < 0.6
     assert float(logged["val_share"]) == pytest.approx(count_macs(model.eval(), batch).ratio)
     assert not torch.equal(before, model.get_submodule("conv").weight)
+
+
+def test_without_a_recipe_the_share_of_the_steps_own_images_is_measured():
+    torch.manual_seed(0)
+    model = sampled_sum()
+    nn.init.constant_(model.get_submodule("conv.sampler.head").bias, 0.0)
+    controller = BudgetController(0.7, rate=0.0)
+    task = ListTask(model, Architecture(), objective=controller, lr=0.0)
+    batches = [[torch.rand(3, 22, 33), torch.rand(3, 12, 9)] for _ in range(6)]
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    trainer.fit(task, loader, loader)
+    model.eval()
+    shares = [count_macs(model, batches[step]).ratio for step in (0, 4)]  # every fourth step
+    logged = trainer.callback_metrics
+    assert float(logged["measured_share"]) == pytest.approx(sum(shares) / 2)
+    # The mean of both differences; the levels are as they were.
+    offset = sum(shares) / 2 - float(logged["expected_share"])
+    assert float(controller.offset) == pytest.approx(offset, abs=1e-3)
 
 
 def test_a_task_without_loss_or_metric_is_none():

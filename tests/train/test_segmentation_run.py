@@ -7,6 +7,7 @@ import pytest
 from sparsight.train.architecture import Architecture, build_dense
 from sparsight.train.checkpoint import read_architecture
 from sparsight.train.data import SyntheticScenes, evaluation_transform, training_transform
+from sparsight.train.distillation import Distillation
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import Sampling, plan
 from sparsight.train.segmentation_run import train_segmentation
@@ -51,7 +52,7 @@ def run(out, teacher=None, init=None, **keywords):
         budget=keywords.get("budget"),
         lr=1e-3,
         init=init,
-        teacher=teacher,
+        distillation=Distillation(teacher=teacher),
         details={"method": keywords.get("method", "sampled")},
     )
 
@@ -78,4 +79,5 @@ def test_a_baseline_is_a_run_like_any_other(tmp_path, method):
         assert stored.sampling is None and stored.size != SIZE
     else:
         assert stored.sampling.sampler == method
-        assert result["share"] <= 0.85
+        # Levels are settled on training images; a fixed pattern costs the same on all.
+        assert result.get("settled_share", result["share"]) <= 0.85

@@ -120,9 +120,6 @@ class SamplingPrice(nn.Module):
     def update(self, levels: Sequence[Tensor], pull: SharePull, *, progress: float) -> None:
         """Nothing to learn: the price is fixed."""
 
-    def calibrate(self, measured_share: float, expected_share: float) -> None:
-        """Nothing to calibrate: no budget was asked for."""
-
 
 class BudgetController(nn.Module):
     """Holds a model to its budget and finds the price of computing; nothing is to be tuned.
@@ -139,9 +136,10 @@ class BudgetController(nn.Module):
 
     The target falls linearly to the budget over the first part of the run, so that training is not
     shocked; from 1, or from the first step's share where the model starts below, for example from a
-    calibrated one. The expected share is smooth and differentiable but leaves out the grid of
-    forced samples, the sampler heads and the interpolation; `calibrate` compares it with a measured
-    share and moves the target by the difference.
+    calibrated one. The expected share is smooth and differentiable, but it leaves out the grid of
+    forced samples, the sampler heads and the interpolation, and it is that of augmented images
+    under the norms of training. `calibrate` compares it with a share measured as at inference and
+    moves the target by the difference.
 
     Args:
         budget: share of the dense model's MACs in (0, 1], everything counted.
@@ -149,7 +147,8 @@ class BudgetController(nn.Module):
         rate: of the Newton step, in (0, 1]; 0.2 leaves a lag of a few steps behind the target.
         memory: of the price's moving average, in [0, 1).
 
-    State: `multiplier`, `offset` and `start` are buffers, saved and restored with the weights.
+    State: `multiplier`, `offset`, `num_calls` (of `calibrate`) and `start` are buffers, saved and
+    restored with the weights.
 
     Source: ours; gradient projection onto a constraint, Rosen, "The Gradient Projection Method for
     Nonlinear Programming", SIAM Journal 1960, in the one direction of the common level. The
@@ -160,6 +159,7 @@ class BudgetController(nn.Module):
 
     multiplier: Tensor
     offset: Tensor
+    num_calls: Tensor
     start: Tensor
 
     def __init__(
@@ -172,6 +172,7 @@ class BudgetController(nn.Module):
         self.memory = memory
         self.register_buffer("multiplier", torch.zeros(()))
         self.register_buffer("offset", torch.zeros(()))
+        self.register_buffer("num_calls", torch.zeros((), dtype=torch.long))
         self.register_buffer("start", torch.full((), math.nan))
 
     def expected_share(self, record: SamplingRecord, *, total_macs: int) -> Tensor:
@@ -222,14 +223,22 @@ class BudgetController(nn.Module):
         for level in levels:
             level += shift
 
-    def calibrate(self, measured_share: float, expected_share: float) -> None:
+    def calibrate(
+        self, measured_share: float, expected_share: float, *, memory: float = 0.0
+    ) -> None:
         """Take `measured_share - expected_share` as what the expected share leaves out.
 
         Args:
             measured_share: `count_macs(model, x).total / .dense` in eval mode.
-            expected_share: what the objective saw lately in training.
+            expected_share: what the objective saw in training, with the same weights.
+            memory: of a moving average over the calls, in [0, 1), which starts as their plain mean;
+                0 takes the last difference as it is. Norms in eval mode run after the weights, and
+                at a high learning rate the share swings with them: a single difference is off by
+                some hundredths of the dense MACs.
         """
-        self.offset.fill_(measured_share - expected_share)
+        self.num_calls += 1
+        weight = max(1.0 - memory, 1.0 / int(self.num_calls))  # at first the plain mean
+        self.offset.lerp_(self.offset.new_tensor(measured_share - expected_share), weight)
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """`soft_pool1d`, `soft_pool2d`, `soft_pool3d`: pooling by a softmax-weighted mean."""
 
+import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from sparsight.ops import cpu
 from sparsight.ops import pool_reference as reference
 from sparsight.ops.operators import LIBRARY
+from sparsight.ops.triton import missing_for
 
 __all__ = ["Gradient", "Weights", "check_choice", "soft_pool1d", "soft_pool2d", "soft_pool3d"]
 
@@ -46,6 +49,31 @@ def _has_kernel(x: Tensor) -> bool:
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and cpu.has_bfloat16())
 
 
+_warned: set[str] = set()
+
+
+def _triton_kernels(x: Tensor) -> ModuleType | None:
+    """The kernels for a CUDA tensor; where there are none, None and, once, a warning why."""
+    reason = missing_for(x)
+    if reason is None:
+        from sparsight.ops.triton import pool
+
+        return pool
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"soft_pool: {reason}; plain torch operators run in the place of its GPU kernels, with "
+            "the memory of all windows.",
+            stacklevel=2,
+        )
+    return None
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Half precision overflows at an exponent of 11: at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @torch.library.impl(LIBRARY, "soft_pool", "CompositeExplicitAutograd")
 def _pool_any(
     x: Tensor,
@@ -56,8 +84,8 @@ def _pool_any(
     ceil_mode: bool,
     detached: bool,
 ) -> Tensor:
-    y = reference.soft_pool(x, kernel_size, stride, padding, dilation, ceil_mode)
-    return y.contiguous(memory_format=_memory_format(x))
+    y = reference.soft_pool(_widened(x), kernel_size, stride, padding, dilation, ceil_mode)
+    return y.to(x.dtype).contiguous(memory_format=_memory_format(x))
 
 
 @torch.library.impl(LIBRARY, "soft_pool", "CPU")
@@ -74,6 +102,23 @@ def _pool_cpu(
         return _pool_any(x, kernel_size, stride, padding, dilation, ceil_mode, detached)
     size = reference.output_size(x.shape[2:], kernel_size, stride, padding, dilation, ceil_mode)
     return cpu.soft_pool(x, size, kernel_size, stride, padding, dilation, _memory_format(x))
+
+
+@torch.library.impl(LIBRARY, "soft_pool", "CUDA")
+def _pool_cuda(
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    detached: bool,
+) -> Tensor:
+    kernels = _triton_kernels(x)
+    if kernels is None:
+        return _pool_any(x, kernel_size, stride, padding, dilation, ceil_mode, detached)
+    size = reference.output_size(x.shape[2:], kernel_size, stride, padding, dilation, ceil_mode)
+    return kernels.soft_pool(x, size, kernel_size, stride, padding, dilation, _memory_format(x))
 
 
 @torch.library.register_fake("sparsight::soft_pool", lib=LIBRARY)
@@ -102,9 +147,9 @@ def _backward_any(
     detached: bool,
 ) -> Tensor:
     sent = reference.soft_pool_backward(
-        grad, x, kernel_size, stride, padding, dilation, ceil_mode, detached
+        _widened(grad), _widened(x), kernel_size, stride, padding, dilation, ceil_mode, detached
     )
-    return sent.contiguous(memory_format=_memory_format(x))
+    return sent.to(x.dtype).contiguous(memory_format=_memory_format(x))
 
 
 @torch.library.impl(LIBRARY, "soft_pool_backward", "CPU")
@@ -121,6 +166,25 @@ def _backward_cpu(
     if not _has_kernel(x):
         return _backward_any(grad, x, kernel_size, stride, padding, dilation, ceil_mode, detached)
     return cpu.soft_pool_backward(
+        grad, x, kernel_size, stride, padding, dilation, _memory_format(x), detached=detached
+    )
+
+
+@torch.library.impl(LIBRARY, "soft_pool_backward", "CUDA")
+def _backward_cuda(
+    grad: Tensor,
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    detached: bool,
+) -> Tensor:
+    kernels = _triton_kernels(x)
+    if kernels is None:
+        return _backward_any(grad, x, kernel_size, stride, padding, dilation, ceil_mode, detached)
+    return kernels.soft_pool_backward(
         grad, x, kernel_size, stride, padding, dilation, _memory_format(x), detached=detached
     )
 
@@ -168,6 +232,8 @@ def check_choice(caller: str, name: str, value: str, choices: object, default: s
 def _per_axis(
     caller: str, name: str, value: int | Sequence[int] | None, rank: int, minimum: int
 ) -> list[int]:
+    if type(value) is int and value >= minimum:
+        return [value] * rank
     given: list = list(value) if isinstance(value, tuple | list) else [value]
     numbers: list[int] = given * rank if len(given) == 1 else given
     if len(numbers) != rank or any(
@@ -231,15 +297,15 @@ def _soft_pool(
             f"{tuple(size)}, but needs at least 1 along each axis; use a smaller kernel or a "
             "larger input."
         )
-    # Half precision overflows at an exponent of 11: at least float32 inside.
-    wide = images.to(torch.promote_types(images.dtype, torch.float32))
+    wide = _widened(images)
     detached = gradient == "detached"
     if weights == "shared":
         y = reference.shared_soft_pool(wide, kernel, step, pad, dilate, ceil_mode, detached)
         y = y.contiguous(memory_format=_memory_format(images))
     else:
-        # Narrow maps go as they are where there is a kernel for them.
-        is_narrow = images.device.type == "cpu" and _has_kernel(images)
+        # Narrow maps go as they are where the operator widens them as it reads.
+        place = images.device.type
+        is_narrow = place == "cuda" or (place == "cpu" and _has_kernel(images))
         y = torch.ops.sparsight.soft_pool(
             images if is_narrow else wide, kernel, step, pad, dilate, ceil_mode, detached
         )
@@ -312,7 +378,9 @@ def soft_pool2d(
             of it, or anything but the batch is empty.
 
     Cost: one exponential a tap. On the CPU a compiled kernel runs in float32, and in bfloat16 where
-    the CPU has AVX-512 BF16; other half precision pays for a cast to float32 and back. float64,
+    the CPU has AVX-512 BF16; other half precision pays for a cast to float32 and back. On CUDA
+    devices Triton kernels run in float16, bfloat16, float32 and float64; where Triton is not
+    installed or does not support the GPU, a warning says so, once. That case, float64 on the CPU,
     shared weights and other devices run plain torch operators, with the memory of all windows.
 
     Gradient: g w_i (1 + x_i - y), or g w_i where detached; of equal infinities, each its share.

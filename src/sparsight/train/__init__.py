@@ -1,8 +1,8 @@
 """Training: data, tasks, budgets, checkpoints. The only room that imports lightning.
 
 Enters: a dense model, a data set and a budget. Leaves: a sampled model that keeps to the budget, on
-disk as safetensors with its architecture, and its score. May import: measure, convert, models, nn
-and below. Needs the extra `sparsight[train]`; `pictures` needs `sparsight[report]` too.
+disk as safetensors with its architecture, and its score. May import: measure, compress, convert,
+models, nn and below. Needs the extra `sparsight[train]`; `pictures` needs `sparsight[report]` too.
 """
 
 from sparsight.nn.budget import BudgetController, SamplingPrice, settle_on_budget
@@ -15,14 +15,17 @@ from sparsight.train.architecture import Architecture, DetectorArchitecture
 from sparsight.train.average_precision import AveragePrecision, average_precision
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
 from sparsight.train.detection_task import DetectionTask
+from sparsight.train.distillation import Distillation, load_teacher, shared_flags
 from sparsight.train.evaluate import Score, score
 from sparsight.train.evaluate_checkpoint import evaluate_checkpoint
 from sparsight.train.evaluate_classification import ClassificationScore, score_classification
 from sparsight.train.evaluate_detection import DetectionScore, score_detector
+from sparsight.train.filter_pruning import FilterPruning
 from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampled_task import SampledTask
 from sparsight.train.sampling import Plan, Sampling, apply_sampling, plan
+from sparsight.train.sampling_flags import SamplingFlags, sampling_flags
 from sparsight.train.tasks import SegmentationTask
 
 __all__ = [
@@ -33,11 +36,14 @@ __all__ = [
     "DetectionScore",
     "DetectionTask",
     "DetectorArchitecture",
+    "Distillation",
+    "FilterPruning",
     "Hardware",
     "Plan",
     "Recipe",
     "SampledTask",
     "Sampling",
+    "SamplingFlags",
     "SamplingPrice",
     "Score",
     "SegmentationTask",
@@ -47,11 +53,14 @@ __all__ = [
     "evaluate_checkpoint",
     "geometric_temperature",
     "load_checkpoint",
+    "load_teacher",
     "plan",
     "published_temperature",
+    "sampling_flags",
     "save_checkpoint",
     "score",
     "score_classification",
     "score_detector",
     "settle_on_budget",
+    "shared_flags",
 ]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from sparsight.compress import narrow, shapes_of
 from sparsight.models import (
     faster_rcnn,
     resnet_cifar,
@@ -59,6 +60,8 @@ class Architecture:
             written with. See `apply_pooling`.
         pools_strides: convolutions that step are followed by such a pooling instead.
         sampling: None for a dense model.
+        widths: of a pruned model, the shapes of the tensors that are smaller than those of the full
+            model, by name in its dense state_dict; None for full width.
     """
 
     model: ModelName = "semantic_fpn"
@@ -72,6 +75,7 @@ class Architecture:
     pooling: PoolingKind = "own"
     pools_strides: bool = False
     sampling: Sampling | None = None
+    widths: dict[str, list[int]] | None = None
 
     @property
     def task(self) -> Task:
@@ -95,7 +99,7 @@ class Architecture:
 
     def differences(self, other: AnyArchitecture) -> list[str]:
         """Return what keeps weights of `other` from fitting; the image size does not."""
-        return _differences(self, other, ignored=("size", "sampling"))
+        return _differences(self, other, ignored=("size", "sampling", "widths"))
 
 
 DetectorBackbone = Literal[
@@ -120,6 +124,7 @@ class DetectorArchitecture:
         first_sampled_layer: 1 samples all residual blocks (layer1 to layer4), as published; 2 those
             of conv3_x to conv5_x (layer2 to layer4); up to 4.
         sampling: None for a dense model.
+        widths: of a pruned model, as for `Architecture`.
     """
 
     model: Literal["faster_rcnn"] = "faster_rcnn"
@@ -133,6 +138,7 @@ class DetectorArchitecture:
     size: tuple[int, int] = (800, 1333)
     first_sampled_layer: int = 1
     sampling: Sampling | None = None
+    widths: dict[str, list[int]] | None = None
 
     @property
     def task(self) -> Task:
@@ -153,7 +159,7 @@ class DetectorArchitecture:
 
         Norms that were trained may be frozen, not the other way round.
         """
-        ignored = ["size", "sampling", "trainable_layers"]
+        ignored = ["size", "sampling", "widths", "trainable_layers"]
         if self.is_norm_frozen:
             ignored.append("is_norm_frozen")
         if self.sampling is None or other.sampling is None:
@@ -172,7 +178,8 @@ class DetectorArchitecture:
 
 
 AnyArchitecture = Architecture | DetectorArchitecture
-_ADDED_LATER = {"is_deformable", "pooling", "pools_strides"}
+_ADDED_LATER = {"is_deformable", "pooling", "pools_strides", "widths"}
+_LEAST_SIDE = 8  # of an input, in pixels: below, resizing and strides of 32 leave nothing to see
 
 
 def architecture_from_json(values: dict[str, Any]) -> AnyArchitecture:
@@ -207,6 +214,9 @@ def _differences(
         for field in fields(own)
         if field.name not in ignored and getattr(own, field.name) != getattr(other, field.name)
     ]
+    if own.widths != other.widths:
+        # Not the shapes themselves: there is one for every layer.
+        found.append("it is pruned" if own.widths is None else "its layers have other widths")
     if other.sampling is not None and own.sampling is None:
         found.append("it is sampled, not dense")
     elif other.sampling is not None and own.sampling is not None:
@@ -219,13 +229,32 @@ def _differences(
 
 
 def build_dense(architecture: AnyArchitecture) -> nn.Module:
-    """Return the dense model of `architecture`, with random weights.
+    """Return the dense model of `architecture`, as wide as it says, with random weights.
 
     Returns:
         A module (B, 3, H, W) -> {"out": (B, num_classes, H, W)}; one that classifies whole images
         -> (B, num_classes), clips (B, 1, T, H, W); torchvision's detector, which takes a list of
         images.
     """
+    model = _build_full(architecture)
+    if architecture.widths is not None:
+        narrow(model, architecture.widths)
+    return model
+
+
+def pruned_architecture(architecture: AnyArchitecture, pruned: nn.Module) -> AnyArchitecture:
+    """Return `architecture` with the widths of a pruned model recorded, so that it can be rebuilt.
+
+    Args:
+        architecture: that the model was built from, pruned before or not.
+        pruned: its dense model, with fewer channels.
+    """
+    full = shapes_of(_build_full(architecture))
+    widths = {name: shape for name, shape in shapes_of(pruned).items() if shape != full.get(name)}
+    return replace(architecture, widths=widths or None)
+
+
+def _build_full(architecture: AnyArchitecture) -> nn.Module:
     if isinstance(architecture, DetectorArchitecture):
         return faster_rcnn(
             architecture.backbone,
@@ -290,9 +319,17 @@ def at_size(
         architecture: as it was trained.
         size: height and width in pixels; for a detector the shorter side, and the bound on the
             longer. None: as it was trained.
+
+    Raises:
+        ValueError: a side of less than 8 pixels.
     """
     if size is None:
         return architecture
+    if min(size) < _LEAST_SIDE:
+        raise ValueError(
+            f"at_size: size={size[0]}x{size[1]}; at least {_LEAST_SIDE} pixels a side are "
+            "required; pass --size HEIGHTxWIDTH, or leave it out for the size of training."
+        )
     if isinstance(architecture, DetectorArchitecture):
         detector: Any = model
         detector.transform.min_size, detector.transform.max_size = (size[0],), size[1]

@@ -28,6 +28,7 @@ from sparsight.train.architecture import (
 
 _KEY = "sparsight.architecture"
 _DATASET_KEY = "sparsight.dataset"
+_LONGEST_MISFIT = 200
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -121,11 +122,27 @@ def load_checkpoint(
         )
     dense = build_dense(architecture)
     if stored.sampling is None:
-        dense.load_state_dict(tensors)
+        _load(path, dense, tensors)
         return convert(dense, architecture), architecture
     model = convert(dense, architecture)
-    model.load_state_dict(tensors)
+    _load(path, model, tensors)
     return model, architecture
+
+
+def _load(path: str | Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:  # lists hundreds of lines where another version named layers
+        found = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
+        shown = (
+            found[0] if len(found[0]) <= _LONGEST_MISFIT else f"{found[0][:_LONGEST_MISFIT]} ..."
+        )
+        raise ValueError(
+            f"load_checkpoint: the weights in {str(path)!r} do not fit the architecture that it "
+            f"names: {shown} ({len(found)} such); the weights of that architecture are required; "
+            "the file was changed, or written by another version of sparsight: use that version, "
+            "or train again."
+        ) from error
 
 
 def _read(
@@ -156,7 +173,17 @@ def _architecture(path: str | Path, metadata: dict[str, str]) -> AnyArchitecture
             f"load_checkpoint: {str(path)!r} says nothing of its architecture; metadata {_KEY!r} "
             "is required; write it with sparsight.train.save_checkpoint."
         )
-    return architecture_from_json(json.loads(metadata[_KEY]))
+    try:
+        values = json.loads(metadata[_KEY])
+    except json.JSONDecodeError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"load_checkpoint: {_KEY!r} in {str(path)!r} reads {metadata[_KEY][:80]!r}; the fields "
+            "of an architecture as JSON are required; write it with "
+            "sparsight.train.save_checkpoint."
+        )
+    return architecture_from_json(values)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

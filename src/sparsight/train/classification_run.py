@@ -9,18 +9,19 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Subset
 
-from sparsight.nn.budget import settle_on_budget
-from sparsight.train.architecture import Architecture, build_dense
+from sparsight.compress import remove_zero_filters
+from sparsight.measure import count_macs
+from sparsight.train.architecture import Architecture, build_dense, pruned_architecture
 from sparsight.train.checkpoint import save_checkpoint, write_atomically
 from sparsight.train.classification_task import ClassificationTask
-from sparsight.train.data.augment import SeededView
-from sparsight.train.evaluate import measured_share
+from sparsight.train.distillation import Distillation
 from sparsight.train.evaluate_classification import score_classification
-from sparsight.train.initial_weights import initial_network
+from sparsight.train.filter_pruning import plan_filter_pruning
+from sparsight.train.initial_weights import initial_network, with_widths_of
 from sparsight.train.recipe import Recipe
-from sparsight.train.sampling import Method, Sampling, ShareWeights, plan
+from sparsight.train.sampling_flags import SamplingFlags
+from sparsight.train.settling import settle
 
 _NUM_SETTLING_IMAGES = 512
 
@@ -30,15 +31,11 @@ def run_classification(
     *,
     name: str,
     dense: Architecture,
-    sampling: Sampling,
-    method: Method,
-    budget: float | None,
-    sampling_weight: float | None,
-    weights: ShareWeights,
+    flags: SamplingFlags,
+    filter_ratio: float | None,
+    filter_norm_ratio: float,
     init: str | None,
-    teacher: str | None,
-    teacher_weight: float,
-    teacher_temperature: float,
+    distillation: Distillation,
     lr: float,
     weight_decay: float,
     resume: bool,
@@ -49,15 +46,12 @@ def run_classification(
         recipe: data, transforms and length of the run.
         name: of the run, for the result.
         dense: architecture of the dense model at full size.
-        sampling: how it would be converted.
-        method: the paper's, or a baseline that keeps the size of the images; see `plan`.
-        budget: share of the dense MACs.
-        sampling_weight: fixed price instead.
-        weights: what the fixed price is charged on.
-        init: weights to start from, see `initial_network`.
-        teacher: weights of a dense network to learn from; None for the labels alone.
-        teacher_weight: see `ClassificationTask`.
-        teacher_temperature: see `ClassificationTask`.
+        flags: what it is to compute, and at what price; of the methods one that keeps the size of
+            the images.
+        filter_ratio: of the methods "sfp" and "fpgm", see `plan_filter_pruning`.
+        filter_norm_ratio: of "fpgm".
+        init: weights to start from, see `initial_network`; of a pruned network the widths too.
+        distillation: whom the network learns from beside the labels, and how.
         lr: peak learning rate.
         weight_decay: of weights of convolutions.
         resume: go on from the folder's last.ckpt.
@@ -68,22 +62,23 @@ def run_classification(
 
     Raises:
         ValueError: the flags contradict each other, or weights are of another architecture.
+        ImportError: filters are to be pruned without the extra `sparsight[compress]`.
         FileNotFoundError: a file of weights is missing.
     """
-    if method == "resized":
+    if flags.method == "resized":
         raise ValueError(
             f"{name}: method='resized'; the transforms of this recipe fix the size of the images; "
             "pass --size, with a dense model, instead."
         )
-    planned = plan(
-        method=method,
-        sampling=sampling,
-        size=dense.size,
-        budget=budget,
-        sampling_weight=sampling_weight,
-        weights=weights,
-        dense=lambda: build_dense(dense),
-    )
+    full, dense = dense, with_widths_of(dense, init)
+    prunes = flags.method in ("sfp", "fpgm")
+    if (prunes and flags.sampling_weight is not None) or (not prunes and filter_ratio is not None):
+        raise ValueError(
+            f"{name}: method={flags.method!r} with sampling_weight={flags.sampling_weight} and "
+            f"filter_ratio={filter_ratio}; what is pruned has no price, and what is sampled no "
+            "filters to choose; drop one of them."
+        )
+    planned = flags.plan(size=dense.size, dense=lambda: build_dense(dense))
     architecture = dataclasses.replace(dense, sampling=planned.sampling)
     L.seed_everything(recipe.seed, verbose=False)
     network = initial_network(architecture, init)
@@ -91,12 +86,21 @@ def run_classification(
         network,
         architecture,
         objective=planned.objective,
-        teacher=None if teacher is None else initial_network(dense, teacher),
-        teacher_weight=teacher_weight,
-        teacher_temperature=teacher_temperature,
+        distiller=distillation.distiller(network, full),
         lr=lr,
         weight_decay=weight_decay,
     )
+    example = torch.zeros(1, 3, *dense.size)
+    if flags.method == "sfp" or flags.method == "fpgm":
+        pruning = plan_filter_pruning(
+            flags.method,
+            network,
+            example,
+            ratio=filter_ratio,
+            norm_ratio=filter_norm_ratio,
+            budget=flags.budget,
+        )
+        recipe = dataclasses.replace(recipe, callbacks=[*recipe.callbacks, pruning])
     if not recipe.fit(task, resume=resume):
         return {}
 
@@ -105,18 +109,18 @@ def run_classification(
         "task": name,
         "seed": recipe.seed,
         "epochs": recipe.epochs,
-        "method": method,
-        "budget": budget,
+        "method": flags.method,
+        "budget": flags.budget,
     }
     if planned.settles:
-        assert budget is not None
-        # On training images: the validation images are for the score alone.
-        view = SeededView(recipe.train_data, recipe.val_transform)
-        indices = torch.linspace(0, len(view) - 1, min(_NUM_SETTLING_IMAGES, len(view))).int()
-        loader = DataLoader(Subset(view, indices.tolist()), batch_size=recipe.batch_size)
-        batches = [images for images, _ in loader]
-        shift, share = settle_on_budget(network, lambda: measured_share(network, batches), budget)
-        result |= {"settling_shift": shift, "settled_share": share}
+        assert flags.budget is not None
+        result |= settle(network, recipe, flags.budget, num_images=_NUM_SETTLING_IMAGES)
+    if prunes:
+        macs = count_macs(network, example).total
+        network = remove_zero_filters(network, example)
+        architecture = pruned_architecture(architecture, network)
+        assert isinstance(architecture, Architecture)
+        result["pruned_share"] = count_macs(network, example).total / macs
     path = recipe.out / "weights.safetensors"
     dataset = getattr(recipe.val_data, "name", None)  # what is drawn has none
     save_checkpoint(path, network, architecture, dataset=dataset)

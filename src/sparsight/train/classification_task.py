@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from sparsight.train.architecture import Architecture
-from sparsight.train.distillation import distillation
 from sparsight.train.sampled_task import SampledTask
 
 
@@ -29,12 +27,6 @@ class ClassificationTask(SampledTask):
     Args:
         model: (B, 3, H, W), or clips (B, 1, T, H, W), -> (B, K) logits.
         architecture: as for `SampledTask`.
-        teacher: a model of the same contract that is learnt from, usually the dense network that
-            `model` was made of; None for the labels alone. It is run in eval mode and is not saved
-            with the training state.
-        teacher_weight: of the divergence from the teacher, beside the cross-entropy's 1.
-        teacher_temperature: of that divergence; 4 by default, so that the unlikely classes teach
-            too.
         **options: the other arguments of `SampledTask`.
 
     Logs `val_top1` and, above five classes, `val_top5` beside what `SampledTask` logs.
@@ -44,30 +36,19 @@ class ClassificationTask(SampledTask):
         self,
         model: nn.Module,
         architecture: Architecture,
-        *,
-        teacher: nn.Module | None = None,
-        teacher_weight: float = 1.0,
-        teacher_temperature: float = 4.0,
         **options: Any,
     ) -> None:
         super().__init__(model, architecture, **options)
-        # In a tuple: a child would be trained, saved, and set to training mode.
-        self._teacher = None if teacher is None else (teacher.eval().requires_grad_(False),)
-        self.teacher_weight = teacher_weight
-        self.teacher_temperature = teacher_temperature
         self.accuracies = top_k_accuracies(architecture.num_classes)
 
     def task_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the cross-entropy, and the divergence from the teacher if there is one."""
+        """Return the cross-entropy; with a distiller, its loss."""
         images = self.inputs_of(batch)
-        logits = self.model(images).float()
-        loss = F.cross_entropy(logits, batch[1])
-        if self._teacher is None:
-            return loss
-        with torch.no_grad():
-            taught = self._teacher[0].to(images.device)(images).float()
-        divergence = distillation(logits, taught, temperature=self.teacher_temperature)
-        return loss + self.teacher_weight * divergence
+        with self.recording() as features:
+            logits = self.model(images).float()
+        if self.distiller is None:
+            return F.cross_entropy(logits, batch[1])
+        return self.distiller.loss(images, logits, batch[1], features=features)
 
     def update_metric(self, batch: tuple[Tensor, Tensor]) -> None:
         """Count images whose class is the likeliest, or among the five likeliest."""

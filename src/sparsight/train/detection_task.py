@@ -15,11 +15,16 @@ from sparsight.train.average_precision import average_precision, to_coco
 from sparsight.train.data.boxes import DetectionBatch
 from sparsight.train.data.coco import Coco
 from sparsight.train.processes import is_distributed
-from sparsight.train.sampled_task import SampledTask, parameter_groups
+from sparsight.train.sampled_task import SampledTask
 
 
 class DetectionTask(SampledTask):
     """Trains a detector, dense or sampled, on lists of images and targets.
+
+    With a distiller, its teacher and student are backbones with their pyramids, and what it
+    compares are their maps: the losses of detection count whole beside it. What the heads return
+    is not distilled. Objectness has two classes, whose softened forms say little more than the
+    labels do, and the box heads of teacher and student look at different proposals.
 
     What is charged is a share of the backbone's MACs (`.backbone.body`), as in the paper's tables:
     pyramid and heads cost the same in every variant, and what the box head costs depends on how
@@ -76,11 +81,21 @@ class DetectionTask(SampledTask):
         """Return the sum of the detector's losses."""
         images, targets = batch
         # An image without an object teaches what background is; torchvision takes empty boxes.
-        losses: dict[str, Tensor] = self.model(
-            images, [{"boxes": t["boxes"], "labels": t["labels"]} for t in targets]
-        )
+        wanted = [{"boxes": t["boxes"], "labels": t["labels"]} for t in targets]
+        shown: list[Tensor] = []
+        detector: Any = self.model
+        handle = detector.backbone.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
+        try:
+            with self.recording() as features:
+                losses: dict[str, Tensor] = self.model(images, wanted)
+        finally:
+            handle.remove()
         self.log_dict(losses, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
-        return torch.stack(list(losses.values())).sum()
+        loss = torch.stack(list(losses.values())).sum()
+        if self.distiller is None:
+            return loss
+        # Resized, normalised and padded once: the teacher sees what the student's backbone saw.
+        return self.distiller.loss(shown[0], None, features=features, hard_loss=loss)
 
     def dense_macs(self, batch: DetectionBatch) -> int:
         """Return the dense backbone's MACs of the batch, at the size that it is padded to."""
@@ -132,13 +147,7 @@ class DetectionTask(SampledTask):
         """Return the published SGD with its steps, or the other tasks' AdamW."""
         if self.optimizer_name == "adamw":
             return super().configure_optimizers()
-        groups = parameter_groups(
-            self.model,
-            lr=self.lr,
-            scalar_lr_factor=self.scalar_lr_factor,
-            weight_decay=self.weight_decay,
-        )
-        optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=0.9)
+        optimizer = torch.optim.SGD(self.trained_groups(), lr=self.lr, momentum=0.9)
         total = int(self.trainer.estimated_stepping_batches)
         warmup_steps = min(500, int(self.warmup * total))
         schedule = torch.optim.lr_scheduler.LambdaLR(

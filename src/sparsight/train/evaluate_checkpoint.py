@@ -66,12 +66,18 @@ def evaluate_checkpoint(
 
     Raises:
         FileNotFoundError: checkpoint or data missing.
-        ValueError: fewer than one seed, or checkpoint, data set and size do not fit together.
+        ValueError: fewer than one seed or image at once; or checkpoint, data set and size do not
+            fit together.
     """
     if seeds < 1:
         raise ValueError(
             f"evaluate_checkpoint: seeds={seeds}; at least 1 is required; leave --seeds out for "
             "one."
+        )
+    if batch_size < 1:
+        raise ValueError(
+            f"evaluate_checkpoint: batch_size={batch_size}; at least 1 is required; leave "
+            "--batch-size out for 8."
         )
     name = dataset_of(checkpoint, dataset)
     model, stored = load_checkpoint(checkpoint)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from sparsight.nn.channels_last import channels_last
 from sparsight.train.architecture import AnyArchitecture, Task
@@ -116,7 +116,7 @@ class EvaluationData:
 
     def batches(self, batch_size: int) -> DataLoader[Any]:
         """Return all images in batches, in order."""
-        collate_fn = collate_detection if self.task == "detection" else None
+        collate_fn = _COLLATING.get(self.task)
         return DataLoader(self.view, batch_size=batch_size, collate_fn=collate_fn)
 
     def example(self, index: int = 0) -> Tensor | list[Tensor]:
@@ -159,6 +159,24 @@ class EvaluationData:
         return score(
             model, batches, classes=self.source.classes, ignore_index=self.source.ignore_index
         )
+
+
+def _collate_segmentation(items: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    sizes = {tuple(labels.shape) for _, labels in items}
+    if len(sizes) > 1:
+        found = " and ".join(f"{height}x{width}" for height, width in sorted(sizes)[:2])
+        raise ValueError(
+            f"EvaluationData.batches: annotations of {found} pixels in one batch of {len(items)}; "
+            "scores are counted at the annotations' own size, one for a whole batch is required; "
+            "pass --batch-size 1."
+        )
+    return default_collate(items)
+
+
+_COLLATING: dict[Task, Callable[[list[Any]], Any]] = {
+    "detection": collate_detection,
+    "segmentation": _collate_segmentation,
+}
 
 
 def open_evaluation_data(

@@ -9,7 +9,22 @@ from torch import nn
 
 from sparsight.models import read_state_dict
 from sparsight.train.architecture import Architecture, build_dense, convert
-from sparsight.train.checkpoint import load_checkpoint
+from sparsight.train.checkpoint import load_checkpoint, read_architecture
+
+
+def with_widths_of(architecture: Architecture, init: str | Path | None) -> Architecture:
+    """Return `architecture` as narrow as the network that `init` holds: a pruned one stays so.
+
+    Args:
+        architecture: what a run's flags ask for, at full width.
+        init: as for `initial_network`; a file that torch saved is of full width.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+    """
+    if init is None or Path(init).suffix != ".safetensors":
+        return architecture
+    return replace(architecture, widths=read_architecture(init).widths)
 
 
 def initial_network(architecture: Architecture, init: str | Path | None) -> nn.Module:

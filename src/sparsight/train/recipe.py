@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sparsight.nn.channels_last import put_channels_last
 from sparsight.train.annealing import TemperatureAnnealing
@@ -32,6 +32,7 @@ from sparsight.train.processes import MeanNormStatistics, is_distributed
 from sparsight.train.sampled_task import SampledTask
 
 _STATE_NAME = "last"
+_LARGEST_MEASURED_BATCH = 32
 
 
 class StepSeed(L.Callback):
@@ -134,7 +135,7 @@ class Recipe:
             dirpath=self.out,
             filename=_STATE_NAME,
             every_n_epochs=self.validate_every,
-            save_on_train_epoch_end=True,  # after validation, whose share calibrates the controller
+            save_on_train_epoch_end=True,  # after validation, when all of the epoch is done
             enable_version_counter=False,
         )
         # The logger deletes what it finds: a resumed run writes beside the interrupted one's log.
@@ -179,7 +180,7 @@ class Recipe:
 
     def _check_num_images(self) -> None:
         num_processes = self.hardware.num_processes
-        num_images = len(self.train_data)  # type: ignore[arg-type]  # no __len__ in the base class
+        num_images = self._num_training_images
         if num_images < self.batch_size * num_processes:
             of = "" if num_processes == 1 else f" for each of {num_processes} processes"
             raise ValueError(
@@ -225,6 +226,47 @@ class Recipe:
             collate_fn=self.collate_fn,
         )
 
+    def measured_batch(self, number: int, *, rank: int = 0, num_processes: int = 1) -> Any:
+        """Return training images as inference sees them: with the validation's transform.
+
+        For what may depend on images but must not on those that scores are of, such as the levels
+        that meet a budget.
+
+        Args:
+            number: from 0; which batch of a round through the set, in an order that depends on
+                `seed` only; after the last one the round starts again.
+            rank: which of the processes this one is, from 0; no two see the same images.
+            num_processes: that take a batch each.
+
+        Returns:
+            A batch of `batch_size` images, at most 32, in the form that the task takes.
+        """
+        view = SeededView(self.train_data, self.val_transform, seed=self.seed)
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, -2))
+        order = torch.randperm(len(view), generator=generator).tolist()
+        first = (number * num_processes + rank) * self._measured_size
+        positions = range(first, first + self._measured_size)
+        collate = self.collate_fn or default_collate
+        return collate([view[order[position % len(view)]] for position in positions])
+
+    def measured_batches(self, num_images: int) -> Iterator[Any]:
+        """Yield the first of the `measured_batch`es, of about so many images, none of them twice.
+
+        Args:
+            num_images: more than there are give nearly all, in whole batches; at least one comes.
+        """
+        at_most = self._num_training_images // self._measured_size
+        for number in range(max(1, min(num_images // self._measured_size, at_most))):
+            yield self.measured_batch(number)
+
+    @property
+    def _measured_size(self) -> int:
+        return min(self.batch_size, _LARGEST_MEASURED_BATCH)
+
+    @property
+    def _num_training_images(self) -> int:
+        return len(self.train_data)  # type: ignore[arg-type]  # no __len__ in the base class
+
 
 class _Batches(L.LightningDataModule):
     """Gives every process its batches, once it knows which one it is."""
@@ -238,6 +280,9 @@ class _Batches(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self.recipe.validation_batches(**self._process())
+
+    def measured_batch(self, number: int) -> Any:
+        return self.recipe.measured_batch(number, **self._process())
 
     def _process(self) -> dict[str, int]:
         assert self.trainer is not None

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from sparsight.compress import Distiller
 from sparsight.measure import MacCount, count_macs
 from sparsight.nn import ReLUGate, Sampler, record_sampling
 from sparsight.nn.budget import (
@@ -27,6 +28,11 @@ from sparsight.train.architecture import AnyArchitecture
 from sparsight.train.processes import is_distributed, reduce_over_processes
 
 _NUM_MEASURED_BATCHES = 4
+# Measurements for the controller, and the memory of their average. A measurement costs a third of a
+# step or more: 100 a run, but at most one in four steps.
+_NUM_MEASUREMENTS = 100
+_LEAST_STEPS_BETWEEN = 4
+_MEMORY = 0.9
 
 
 class SampledTask(L.LightningModule, ABC):
@@ -41,6 +47,7 @@ class SampledTask(L.LightningModule, ABC):
         architecture: what `model` is; saved with the training state and checked when it is resumed.
         objective: price of computing; None for a dense model. It is charged the expected share of
             the dense MACs of the whole model.
+        distiller: whom the model learns from beside the annotations, and how; None for those alone.
         lr: peak learning rate of AdamW; linear warm-up, then a half cosine to 0.
         scalar_lr_factor: learning rate of the samplers' biases and the interpolations' widths over
             that of the rest. They are single numbers with far to go in short runs: a logit from 3
@@ -48,11 +55,16 @@ class SampledTask(L.LightningModule, ABC):
         weight_decay: of weights of convolutions; not of norms, biases, samplers and interpolations.
         warmup: share of the run over which the learning rate rises.
 
+    A budget is held for what inference sees: about 100 times a run the share is measured in eval
+    mode, on a batch of training images with the validation's transform (those of `Recipe`; with
+    another data module the step's own images, as they are), and the controller's target moves by
+    what the expected share of that step left out. Validation images steer nothing.
+
     Logs per epoch: `loss`, what `compute_metric` returns; sampled: `expected_share`, `multiplier`,
-    `val_share` (measured share of the dense MACs on a few validation batches, everything counted).
+    `measured_share` (what the controller measured, the mean), `val_share` (measured on a few
+    validation batches); shares are of the dense MACs, the measured ones with everything counted.
     """
 
-    recent_share: Tensor
     objective: BudgetController | SamplingPrice | None
 
     def __init__(
@@ -61,6 +73,7 @@ class SampledTask(L.LightningModule, ABC):
         architecture: AnyArchitecture,
         *,
         objective: BudgetController | SamplingPrice | None = None,
+        distiller: Distiller | None = None,
         lr: float = 1e-3,
         scalar_lr_factor: float = 10.0,
         weight_decay: float = 1e-2,
@@ -69,6 +82,7 @@ class SampledTask(L.LightningModule, ABC):
         super().__init__()
         self.model = model
         self.objective = objective
+        self.distiller = distiller
         self.architecture = architecture
         self.lr = lr
         self.scalar_lr_factor = scalar_lr_factor
@@ -76,11 +90,9 @@ class SampledTask(L.LightningModule, ABC):
         self.warmup = warmup
         self._macs_per_image: dict[tuple[int, ...], int] = {}
         self._pending: list[SharePull] = []  # of the micro-batches since the last optimiser step
+        self._last_batch: Any = None
         self._measured = [0, 0]  # MACs that some validation batches needed, and dense ones
         self._measure_every = 1
-        # What the objective saw lately; a buffer, so that a resumed run calibrates as the
-        # uninterrupted one.
-        self.register_buffer("recent_share", torch.ones(()))
 
     @abstractmethod
     def task_loss(self, batch: Any) -> Tensor:
@@ -148,6 +160,7 @@ class SampledTask(L.LightningModule, ABC):
             share = self.objective.expected_share(record, total_macs=total_macs)
         loss = task_loss + self.objective(share)
         self._pending.append(share_pull(self.model, record, total_macs=total_macs))
+        self._last_batch = batch
         self.log("loss", task_loss, **logged)
         self.log("expected_share", share, **logged)
         return loss
@@ -158,10 +171,39 @@ class SampledTask(L.LightningModule, ABC):
             return
         pull = self._mean_over_processes(mean_pull(self._pending))
         self._pending.clear()
-        self.recent_share.lerp_(self.recent_share.new_tensor(pull.share), 0.1)
+        if isinstance(self.objective, BudgetController):
+            self._calibrate(self.objective, pull.share)
         self.objective.update(sampler_levels(self.model), pull, progress=self.progress)
         if isinstance(self.objective, BudgetController):
             self.log("multiplier", self.objective.multiplier)
+        self._last_batch = None
+
+    def _calibrate(self, controller: BudgetController, expected_share: float) -> None:
+        """Now and then, tell the controller what the expected share of the step leaves out."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        every = max(_LEAST_STEPS_BETWEEN, steps // _NUM_MEASUREMENTS)
+        number, rest = divmod(self.trainer.global_step, every)
+        if rest > 0:
+            return
+        measured_batch = getattr(self.trainer.datamodule, "measured_batch", None)  # type: ignore[attr-defined]  # set by lightning, not declared
+        batch = self._last_batch
+        if measured_batch is not None:
+            batch = self.transfer_batch_to_device(measured_batch(number), self.device, 0)
+        with torch.no_grad(), evaluating(self.model):
+            counted = self.counted_macs(batch)
+        # In a distributed run each process has norms of its own until the next validation: the mean
+        # of their shares stands for the share with the mean of their statistics.
+        measured = torch.tensor([counted.total, counted.dense], device=self.device)
+        total, dense = reduce_over_processes(measured, "sum").tolist()
+        controller.calibrate(total / dense, expected_share, memory=_MEMORY)
+        self.log(
+            "measured_share",
+            total / dense,
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=1,
+        )
 
     def _mean_over_processes(self, pull: SharePull) -> SharePull:
         """What the gradients, which are means over processes by now, answer to."""
@@ -185,26 +227,40 @@ class SampledTask(L.LightningModule, ABC):
             self._measured[1] += counted.dense
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metric; tell the controller what the expected share leaves out."""
+        """Log the metric, and the share of the dense MACs that was measured."""
         for name, value in self.compute_metric().items():
             self.log(name, value, prog_bar=True, sync_dist=True)
         if self.objective is not None:
             measured = torch.tensor(self._measured, device=self.device)
             total, dense = reduce_over_processes(measured, "sum").tolist()
-            share = total / dense
-            self.log("val_share", share, prog_bar=True, sync_dist=True)
-            if not self.trainer.sanity_checking:
-                self.objective.calibrate(share, float(self.recent_share))
+            self.log("val_share", total / dense, prog_bar=True, sync_dist=True)
         self._measured = [0, 0]
 
-    def configure_optimizers(self) -> Any:
-        """Return AdamW with three groups and the schedule of the learning rate."""
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, Tensor]]:
+        """Record what the distiller, if there is one, compares of the model's layers."""
+        if self.distiller is None:
+            yield {}
+            return
+        with self.distiller.recording() as features:
+            yield features
+
+    def trained_groups(self) -> list[dict[str, Any]]:
+        """Return the parameters for the optimiser: the model's, and those of hints."""
         groups = parameter_groups(
             self.model,
             lr=self.lr,
             scalar_lr_factor=self.scalar_lr_factor,
             weight_decay=self.weight_decay,
         )
+        adapters = [] if self.distiller is None else list(self.distiller.parameters())
+        if adapters:
+            groups.append({"params": adapters, "weight_decay": 0.0})
+        return groups
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW with its groups and the schedule of the learning rate."""
+        groups = self.trained_groups()
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
         total = int(self.trainer.estimated_stepping_batches)
         warmup_steps = int(self.warmup * total)

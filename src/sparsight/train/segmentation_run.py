@@ -8,15 +8,16 @@ from typing import Any
 
 import lightning as L
 
-from sparsight.nn.budget import settle_on_budget
 from sparsight.train.architecture import Architecture, build_dense, convert
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
-from sparsight.train.evaluate import measured_share, score
+from sparsight.train.distillation import Distillation
+from sparsight.train.evaluate import score
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import Plan
+from sparsight.train.settling import settle
 from sparsight.train.tasks import SegmentationTask
 
-_SETTLING_STRIDE = 4  # every fourth validation batch finds the level that meets the budget
+_NUM_SETTLING_IMAGES = 64
 
 
 def train_segmentation(
@@ -28,7 +29,7 @@ def train_segmentation(
     budget: float | None,
     lr: float,
     init: str | None = None,
-    teacher: str | None = None,
+    distillation: Distillation | None = None,
     resume: bool = False,
     details: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def train_segmentation(
         budget: share of the dense MACs, for the result and where `planned.settles`.
         lr: peak learning rate.
         init: checkpoint to start from.
-        teacher: checkpoint of a dense model to learn from.
+        distillation: whom the network learns from beside the annotations, and how; None for those
+            alone.
         resume: go on from the recipe's folder.
         details: further entries of the result.
 
@@ -62,16 +64,14 @@ def train_segmentation(
         network, _ = load_checkpoint(init, expected=architecture)
     else:
         network = convert(build_dense(architecture), architecture)
-    learnt_from = None
-    if teacher is not None:
-        learnt_from, _ = load_checkpoint(teacher, expected=dense)
+    distiller = None if distillation is None else distillation.distiller(network, dense)
     task = SegmentationTask(
         network,
         architecture,
         ignore_index=data.ignore_index,
         objective=planned.objective,
         lr=lr,
-        teacher=learnt_from,
+        distiller=distiller,
     )
     if not recipe.fit(task, resume=resume):
         return {}
@@ -86,10 +86,7 @@ def train_segmentation(
     }
     if planned.settles:
         assert budget is not None
-        batches = [images for images, _ in recipe.validation_batches()]
-        batches = batches[:: 1 if recipe.max_batches else _SETTLING_STRIDE]
-        shift, share = settle_on_budget(network, lambda: measured_share(network, batches), budget)
-        result |= {"settling_shift": shift, "settled_share": share}
+        result |= settle(network, recipe, budget, num_images=_NUM_SETTLING_IMAGES)
     weights = recipe.out / "weights.safetensors"
     save_checkpoint(weights, network, architecture, dataset=getattr(data, "name", None))
     scored = score(

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from sparsight.train.architecture import Architecture
-from sparsight.train.distillation import distillation
 from sparsight.train.processes import reduce_over_processes
 from sparsight.train.sampled_task import SampledTask
 
@@ -38,10 +37,6 @@ class SegmentationTask(SampledTask):
         model: (B, 3, H, W) -> {"out": (B, K, H, W) logits}.
         architecture: as for `SampledTask`.
         ignore_index: label of the pixels that do not count.
-        teacher: a model of the same contract that is learnt from, usually the dense network that
-            `model` was made of; None for the annotations alone. It is run in eval mode and is not
-            saved with the training state.
-        teacher_weight: of the divergence from the teacher, beside the cross-entropy's 1.
         **options: the other arguments of `SampledTask`.
 
     Logs `val_miou` beside what `SampledTask` logs.
@@ -53,32 +48,28 @@ class SegmentationTask(SampledTask):
         architecture: Architecture,
         *,
         ignore_index: int,
-        teacher: nn.Module | None = None,
-        teacher_weight: float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(model, architecture, **options)
-        # In a tuple: a child would be trained, saved, and set to training mode.
-        self._teacher = None if teacher is None else (teacher.eval().requires_grad_(False),)
-        self.teacher_weight = teacher_weight
         self.ignore_index = ignore_index
         self.confusion = MulticlassConfusionMatrix(
             architecture.num_classes, ignore_index=ignore_index, validate_args=False
         )
 
     def task_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the cross-entropy over the pixels that count, and the divergence of all."""
+        """Return the cross-entropy over the pixels that count; with a distiller, its loss.
+
+        The teacher's part is over all pixels: it has something to say about the void ones too.
+        """
         images = self.inputs_of(batch)
-        logits = self.model(images)["out"].float()
+        with self.recording() as features:
+            logits = self.model(images)["out"].float()
         loss = F.cross_entropy(
             logits, batch[1], ignore_index=self.ignore_index, reduction="sum"
         ) / self._mean_num_pixels(batch[1])
-        if self._teacher is None:
+        if self.distiller is None:
             return loss
-        teacher = self._teacher[0].to(images.device)
-        with torch.no_grad():
-            taught = teacher(images)["out"].float()
-        return loss + self.teacher_weight * distillation(logits, taught)
+        return self.distiller.loss(images, logits, features=features, hard_loss=loss)
 
     def _mean_num_pixels(self, labels: Tensor) -> Tensor:
         """Pixels that count, the mean over processes: then all weigh the same in their gradient."""

@@ -60,6 +60,15 @@ def test_ids_that_are_not_defined_are_named(tmp_path):
         Cityscapes(write(tmp_path, ids=ids), "train")[0]
 
 
+@pytest.mark.parametrize("kind", ["leftImg8bit", "gtFine"])
+def test_a_file_that_is_no_image_is_named(tmp_path, kind):
+    data = Cityscapes(write(tmp_path), "train")
+    for path in (tmp_path / kind).rglob("*.png"):
+        path.write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"Cityscapes: '.*labelIds.*cannot be read.*fetch"):
+        data[0]
+
+
 def test_sizes_that_differ_are_named(tmp_path):
     ids = np.full((4, 5), 7, dtype=np.uint8)
     with pytest.raises(ValueError, match=r"has shape \(4, 5\).*\(4, 6\)"):

@@ -78,9 +78,15 @@ class Cityscapes(Dataset[tuple[tv_tensors.Image, tv_tensors.Mask]]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        picture, annotation = self.source[index]
-        image, ids = np.array(picture), np.array(annotation)
         path = str(self.items[index][1])
+        try:
+            picture, annotation = self.source[index]
+        except (OSError, SyntaxError) as error:  # PIL: SyntaxError for a broken PNG chunk
+            raise ValueError(
+                f"Cityscapes: {path!r} or its image cannot be read ({error}); two PNG files are "
+                "required; fetch the pair again."
+            ) from error
+        image, ids = np.array(picture), np.array(annotation)
         if ids.ndim != 2 or ids.shape != image.shape[:2]:
             raise ValueError(
                 f"Cityscapes: annotation {path!r} has shape {ids.shape}; one channel of the "
