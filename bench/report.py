@@ -64,8 +64,11 @@ COLUMNS = {
     ),
     "pool-train": (
         "map", "window", "layout", "dtype", "ours ms", "ours IQR ms", "max_pool2d ms",
-        "formula ms", "ours / max_pool2d", "formula / ours", "ours keeps MiB",
-        "max_pool2d keeps MiB", "formula keeps MiB",
+        "formula ms", "ours / max_pool2d", "formula / ours",
+    ),
+    "pool-memory": (
+        "map", "window", "layout", "dtype", "ours keeps MiB", "max_pool2d keeps MiB",
+        "formula keeps MiB",
     ),
     "pool-error": (
         "map", "window", "layout", "dtype", "ours, error", "formula, error", "error ratio",
@@ -266,7 +269,7 @@ def pooling_goals(results: Results) -> list[Goal]:
     forward, train = results.get("pool-forward", []), results.get("pool-train", [])
     kept = [
         row["ours keeps MiB"] / row["formula keeps MiB"]
-        for row in train
+        for row in results.get("pool-memory", [])
         if len(numbers([row], "ours keeps MiB") + numbers([row], "formula keeps MiB")) == 2
     ]
 
@@ -322,16 +325,15 @@ def table_of(stem: str, row: Row) -> str:
     """The table that a row of a file belongs to.
 
     Rows of one kind may lie in files by dtype, and rows of several kinds in one file: of SoftPool,
-    what they hold tells forward, training and error apart.
+    what they hold tells forward, training, memory and error apart.
     """
     if stem.startswith("training_step"):
         return "training_step"
-    if not stem.startswith("pool"):
+    if "pool" not in stem.split("-"):
         return stem
-    if "error ratio" in row:
-        return "pool-error"
-    is_training = "ours / max_pool2d" in row or any(name.endswith("keeps MiB") for name in row)
-    return "pool-train" if is_training else "pool-forward"
+    telling = {"error ratio": "error", "ours / max_pool2d": "train", "ours keeps MiB": "memory"}
+    kind = next((kind for column, kind in telling.items() if column in row), "forward")
+    return f"pool-{kind}"
 
 
 def file_of(name: str) -> str:

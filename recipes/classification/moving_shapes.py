@@ -8,11 +8,9 @@ from typing import Any
 from sparsight.train.architecture import Architecture
 from sparsight.train.classification_run import run_classification
 from sparsight.train.data import MovingShapes, clip_transform
-from sparsight.train.distillation import Distillation
-from sparsight.train.hardware import Hardware
+from sparsight.train.distillation import shared_flags
 from sparsight.train.pooling import PoolingKind
 from sparsight.train.recipe import Recipe
-from sparsight.train.sampling_flags import sampling_flags
 
 
 def moving_shapes(
@@ -29,7 +27,7 @@ def moving_shapes(
     num_workers: int = 0,
     progress_bar: bool = True,
     quick: bool = False,
-    **hardware: Any,
+    **shared: Any,
 ) -> dict[str, Any]:
     """Train a 3-D network with poolings of one kind on clips of moving shapes, and score it.
 
@@ -61,7 +59,8 @@ def moving_shapes(
         num_workers: processes that read clips; they are in memory.
         progress_bar: draw it.
         quick: two epochs of two batches, on fewer and smaller clips. Proves that the recipe runs.
-        **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
+        **shared: flags of `sparsight.train.shared_flags`: teacher, processes, machines, memory;
+            those of sampling find no residual block here, and say so.
 
     Returns:
         What is also written to result.json: top-1, top-5, MACs. Empty in all processes of a
@@ -71,6 +70,7 @@ def moving_shapes(
         ValueError: weights of another architecture.
         FileNotFoundError: weights missing.
     """
+    flags, distillation, hardware = shared_flags(**shared)
     size = (16, 16) if quick else (32, 32)
     if quick:
         epochs, batch_size, num_workers = 2, min(batch_size, 2), 0
@@ -96,17 +96,17 @@ def moving_shapes(
         num_workers=num_workers,
         max_batches=2 if quick else None,
         shows_progress=progress_bar,
-        hardware=Hardware(**hardware),
+        hardware=hardware,
     )
     return run_classification(
         recipe,
         name="moving_shapes",
         dense=dense,
-        flags=sampling_flags()[0],  # dense
+        flags=flags,
         filter_ratio=None,
         filter_norm_ratio=0.0,
         init=init,
-        distillation=Distillation(),
+        distillation=distillation,
         lr=lr,
         weight_decay=weight_decay,
         resume=resume,

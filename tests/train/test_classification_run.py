@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sparsight.cli import load_recipe
+from sparsight.convert import ConversionError
 from sparsight.measure import count_macs
 from sparsight.models import resnet_cifar
 from sparsight.nn import SampledBlock, SoftPool2d, SoftPool3d, ZeroFill
@@ -103,6 +104,16 @@ def test_clips_are_learnt_from_with_each_pooling(pooling, cls, tmp_path):
     network, architecture = load_checkpoint(weights)
     assert (architecture.task, architecture.size) == ("video", (16, 16))
     assert sum(type(module) is cls for module in network.modules()) == 3
+
+
+def test_clips_are_learnt_from_a_teacher_too_and_are_not_sampled(tmp_path):
+    flags = {"quick": True, "progress_bar": False}
+    MOVING_SHAPES(**flags, out=str(tmp_path / "a"))
+    teacher = str(tmp_path / "a" / "weights.safetensors")
+    result = MOVING_SHAPES(**flags, pooling="soft", teacher=teacher, out=str(tmp_path / "b"))
+    assert result["architecture"]["pooling"] == "soft"
+    with pytest.raises(ConversionError, match="holds no residual block"):
+        MOVING_SHAPES(**flags, budget=0.5, out=str(tmp_path / "c"))
 
 
 @pytest.mark.parametrize("recipe", [CIFAR10, IMAGENET])
