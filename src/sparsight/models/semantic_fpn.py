@@ -133,6 +133,7 @@ def semantic_fpn(
             backbone that cannot have it.
 
     Example:
+        >>> import torch
         >>> model = semantic_fpn("resnet18", num_classes=11, fpn_channels=64, head_channels=64)
         >>> model.eval()(torch.zeros(1, 3, 64, 96))["out"].shape
         torch.Size([1, 11, 64, 96])
