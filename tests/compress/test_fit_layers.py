@@ -1,4 +1,4 @@
-"""One regression: targets behind shortcuts, joint choices, and errors as they are in the network."""
+"""One regression: targets behind shortcuts, joint choices, errors as they are in the network."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_values_that_are_not_finite(where):
     x, y = torch.ones(10, 6), torch.ones(10, 2)
     (x if where == "inputs" else y)[3, 1] = torch.inf
     fit = fit_of(torch.ones(2, 6))
-    with pytest.raises(ValueError, match="'reader0' re.* NaN or infinite"):
+    with pytest.raises(ValueError, match=r"'reader0' re.* NaN or infinite"):
         fit.add({"reader0": [Rows(None, y, None)]}, {"reader0": [Rows(x, y, None)]})
 
 

@@ -17,7 +17,7 @@ def compare(model, batches, order, *, max_bytes=1 << 30):
         layer = model.get_submodule(name)
         called = set()
         hooks = [
-            module.register_forward_hook(lambda *_, other=other: called.add(other))
+            module.register_forward_hook(lambda *_, other=other, called=called: called.add(other))
             for other, module in model.named_modules()
             if not list(module.children())
         ]
