@@ -75,22 +75,28 @@ def test_better_with_reconstruction_than_without_and_than_a_random_choice(net, p
 
 
 def with_copies(net):
-    """The network with half of every pruned layer's channels made copies of the other half."""
+    """The network with the second half of some channels a copy of the first, read half as much."""
     with torch.no_grad():
-        for producer, norm in ((net.a1, net.a1_norm), (net.b1, None), (net.b2, None)):
+        for producer, reader in ((net.a1, net.a2), (net.b1, net.b2)):
             half = producer.out_channels // 2
-            for layer in (producer, norm):
-                for value in layer.state_dict().values() if layer is not None else ():
-                    if value.ndim:
-                        value[half:] = value[:half] * (2 if layer is None else 1)
+            producer.weight[half:] = producer.weight[:half]
+            if producer.bias is not None:
+                producer.bias[half:] = producer.bias[:half]
+            reader.weight[:, half:] = 0.5 * reader.weight[:, :half]
+        for value in net.a1_norm.state_dict().values():
+            if value.ndim:
+                value[4:] = value[:4]
     return net
 
 
 def test_copies_of_channels_are_pruned_without_loss(net, pictures):
     net = with_copies(net)
-    pruned = prune_channels(net, pictures(60), ratio=0.5, round_to=1, num_positions=20)
-    assert [pruned.get_submodule(n).out_channels for n in ("a1", "b1", "b2")] == [4, 6, 3]
+    options = {"ratio": {"a1": 0.5, "b1": 0.5}, "round_to": 1, "num_positions": 20}
+    pruned = prune_channels(net, pictures(60), **options)
+    assert (pruned.a1.out_channels, pruned.b1.out_channels) == (4, 6)
     assert relative_error(pruned, net, pictures(20, seed=9)) < 1e-6
+    plain = prune_channels(net, pictures(60), **options, reconstruct=False)
+    assert relative_error(plain, net, pictures(20, seed=9)) > 1e-3, "the readers had to be refitted"
 
 
 def test_the_seed_decides_bit_for_bit(net, pictures):
@@ -110,12 +116,21 @@ def test_images_in_batches_with_labels_are_the_same(net, pictures):
 def test_multi_branch_helps_where_the_shortcut_has_lost(pictures, settle):
     torch.manual_seed(0)
     model = settle(resnet_cifar(20))
-    images, x = pictures(80), pictures(40, seed=9)
-    errors = [
-        relative_error(prune_channels(model, images, ratio=0.5, multi_branch=on), model, x)
-        for on in (True, False)
-    ]
-    assert errors[0] < errors[1]
+    images = pictures(60)
+    errors = []
+    for multi_branch in (True, False):
+        pruned = prune_channels(
+            model, images, ratio=0.5, num_positions=60, multi_branch=multi_branch
+        )
+        features = []
+        for network in (model, pruned):
+            hook = network.layer3.register_forward_hook(
+                lambda *args, seen=features: seen.append(args[2])
+            )
+            network(images)
+            hook.remove()
+        errors.append((features[0] - features[1]).square().mean().item())
+    assert errors[0] < 0.95 * errors[1]
 
 
 def test_branch_inputs_are_selected(net, pictures):
@@ -155,13 +170,14 @@ def test_architectures(name, pictures, settle):
     model = settle(model)
     images = pictures(40, size=32)
     pruned = prune_channels(
-        model, images, speedup=1.5, where=lambda n, m: not n.startswith("class")
+        model, images, speedup=1.5, num_positions=20, where=lambda n, m: not n.startswith("class")
     )
     x = images[:2]
     assert type(pruned) is type(model)
     assert pruned(x).shape == model(x).shape
     assert count_macs(model, x).total / count_macs(pruned, x).total >= 1.5
-    assert all(layer.refitted_error <= layer.error for layer in pruned.pruning_report.layers)
+    for layer in pruned.pruning_report.layers:
+        assert layer.refitted_error <= layer.error + 1e-9, layer
     assert relative_error(pruned, model, pictures(8, size=32, seed=9)) < 0.7
 
 

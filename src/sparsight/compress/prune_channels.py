@@ -29,7 +29,7 @@ def prune_channels(
     ratio: float | Mapping[str, float] | None = None,
     round_to: int = 16,
     where: Callable[[str, nn.Module], bool] | None = None,
-    num_positions: int = 10,
+    num_positions: int | None = None,
     seed: int = 0,
     reconstruct: bool = True,
     multi_branch: bool = True,
@@ -71,8 +71,10 @@ def prune_channels(
             that leaves them eight steps: 2 for 16 channels, 4 for 32, 8 for 64. 1 allows any width.
         where: where(qualified name, module) -> bool for the layers that produce channels; those for
             which it is False keep theirs. Default: all that can be pruned.
-        num_positions: sampled positions of an image in each layer. Default 10, as published; they
-            are drawn once for the run, independently for every image.
+        num_positions: sampled positions of an image in each layer, drawn once for the run,
+            independently for every image. Default None: what makes 50,000 samples, as many as
+            published (10 positions of 5,000 images), but 10 to 100. More of fewer images do nearly
+            as well.
         seed: of the positions; the same seed gives the same model, bit for bit, on the same machine
             and number of threads.
         reconstruct: fit the filters again by least squares. Default True; False only removes.
@@ -113,6 +115,8 @@ def prune_channels(
     """
     _check_arguments(model, speedup, ratio, round_to, num_positions)
     batches = read_batches(images, batch_size)
+    if num_positions is None:
+        num_positions = min(100, max(10, -(-50_000 // sum(len(batch) for batch in batches))))
     with _eval_mode(model):
         pruned: Any = copy.deepcopy(model)
         run = PruningRun(
@@ -260,6 +264,8 @@ def _check_arguments(
                 "channels to remove; pass 0.5 for half of them."
             )
     for name, value in (("round_to", round_to), ("num_positions", num_positions)):
+        if name == "num_positions" and value is None:
+            continue
         if not isinstance(value, int) or value < 1:
             raise ValueError(
                 f"prune_channels: {name} is {value}; an integer from 1 is required; leave it out "

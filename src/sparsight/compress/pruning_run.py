@@ -288,9 +288,9 @@ class PruningRun:
             for name, (weight, bias) in solved.items():
                 if bias is not None:
                     _write(pruned, self.uses[name], weight, bias)
-            size = target.group.of(target.group.name, "out").units[0] if target.group else (0,)
+            size = _size(target)
             done[target.name] = PrunedLayer(
-                target.name, target.units * len(size), len(kept) * len(size), before, after
+                target.name, target.units * size, len(kept) * size, before, after
             )
             todo = [without_channels(other, target, kept) for other in todo[1:]]
             self._show(len(done), len(done) + len(todo), f"{target.name}: {len(kept)} channels")
@@ -299,7 +299,9 @@ class PruningRun:
         for name, kept in selected.items():
             insert_select(pruned, name, kept)
         return [
-            done.get(target.name, PrunedLayer(target.name, target.units, target.units, 0.0, 0.0))
+            done.get(
+                target.name, PrunedLayer(target.name, *[_size(target) * target.units] * 2, 0, 0)
+            )
             for target in targets
         ]
 
@@ -323,6 +325,12 @@ class PruningRun:
             bar = "#" * filled + "." * (24 - filled)
             end = "\n" if done == total else ""
             print(f"\rprune_channels [{bar}] {text:<60}", end=end, file=sys.stderr, flush=True)
+
+
+def _size(target: PruneTarget) -> int:
+    """Channels of the producer in each unit."""
+    group = target.group
+    return 1 if group is None else len(group.of(group.name, "out").units[0])
 
 
 def _select_hook(kept: Tensor) -> Callable[..., tuple[Tensor]]:
