@@ -298,12 +298,11 @@ class PruningRun:
             hook.remove()
         for name, kept in selected.items():
             insert_select(pruned, name, kept)
-        return [
-            done.get(
-                target.name, PrunedLayer(target.name, *[_size(target) * target.units] * 2, 0, 0)
-            )
-            for target in targets
-        ]
+        layers = []
+        for target in targets:
+            width = _size(target) * target.units
+            layers.append(done.get(target.name, PrunedLayer(target.name, width, width, 0, 0)))
+        return layers
 
     def _collect(
         self, replay: Replay, pruned: nn.Module, fit: TargetFit, todo: list[PruneTarget]
