@@ -297,18 +297,17 @@ def _soft_pool(
             f"{tuple(size)}, but needs at least 1 along each axis; use a smaller kernel or a "
             "larger input."
         )
-    wide = _widened(images)
     detached = gradient == "detached"
     if weights == "shared":
+        wide = _widened(images)
         y = reference.shared_soft_pool(wide, kernel, step, pad, dilate, ceil_mode, detached)
         y = y.contiguous(memory_format=_memory_format(images))
     else:
         # Narrow maps go as they are where the operator widens them as it reads.
         place = images.device.type
         is_narrow = place == "cuda" or (place == "cpu" and _has_kernel(images))
-        y = torch.ops.sparsight.soft_pool(
-            images if is_narrow else wide, kernel, step, pad, dilate, ceil_mode, detached
-        )
+        taken = images if is_narrow else _widened(images)
+        y = torch.ops.sparsight.soft_pool(taken, kernel, step, pad, dilate, ceil_mode, detached)
     y = y.to(x.dtype)
     return y.squeeze(0) if x.ndim == rank + 1 else y
 
