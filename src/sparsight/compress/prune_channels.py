@@ -105,6 +105,7 @@ def prune_channels(
     up to 1 GiB.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
         >>> pruned = prune_channels(net, torch.rand(8, 3, 16, 16), speedup=2.0)
         >>> pruned[0].weight.shape, pruned[2].weight.shape

@@ -298,12 +298,13 @@ class PruningRun:
             hook.remove()
         for name, kept in selected.items():
             insert_select(pruned, name, kept)
-        return [
-            done.get(
-                target.name, PrunedLayer(target.name, *[_size(target) * target.units] * 2, 0, 0)
+        left = {
+            target.name: PrunedLayer(
+                target.name, _size(target) * target.units, _size(target) * target.units, 0.0, 0.0
             )
             for target in targets
-        ]
+        }
+        return list((left | done).values())
 
     def _collect(
         self, replay: Replay, pruned: nn.Module, fit: TargetFit, todo: list[PruneTarget]
