@@ -38,7 +38,7 @@ from harness.resident import peak_kib, resident_kib, row_of_fresh_process, start
 from harness.rivals import folded
 from harness.script import argument_parser, run_script, settings_of
 from harness.stages import Row, Stage
-from sparsight.models.semantic_fpn import ResNetStages
+from sparsight.models.resnet_stages import ResNetStages
 
 WARMUP = 20
 PLANES = 64  # of the single block

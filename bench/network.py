@@ -59,7 +59,7 @@ from harness.script import (
 )
 from harness.stages import Row, Stage
 from sparsight.measure import Latency, MacCount, count_macs
-from sparsight.models.semantic_fpn import ResNetStages
+from sparsight.models.resnet_stages import ResNetStages
 
 DENSITIES = (1.0, 0.5, 0.3, 0.1)
 DENSITY = 0.3

@@ -58,10 +58,33 @@ COLUMNS = {
         "roof", "threads", "GB/s", "planes", "density", "ours ms", "compute ms", "addition ms",
         "bound by", "GMAC/s", "share of peak", "share of bound",
     ),
+    "pool-forward": (
+        "map", "window", "layout", "dtype", "ours ms", "ours IQR ms", "avg_pool2d ms",
+        "max_pool2d ms", "formula ms", "ours / slower pool", "formula / ours",
+    ),
+    "pool-train": (
+        "map", "window", "layout", "dtype", "ours ms", "ours IQR ms", "max_pool2d ms",
+        "formula ms", "ours / max_pool2d", "formula / ours",
+    ),
+    "pool-memory": (
+        "map", "window", "layout", "dtype", "ours keeps MiB", "max_pool2d keeps MiB",
+        "formula keeps MiB",
+    ),
+    "pool-error": (
+        "map", "window", "layout", "dtype", "ours, error", "formula, error", "error ratio",
+    ),
+    "training_step": (
+        "network", "size", "batch", "dtype", "dense ms", "dense IQR ms", "sampled ms",
+        "sampled IQR ms", "time ratio", "dense kept MiB", "sampled kept MiB", "kept ratio",
+        "dense live MiB", "sampled live MiB", "live ratio", "peak ratio",
+    ),
 }  # fmt: skip
 # Rows that a goal is about: it is not met by half of them.
 NUM_BLOCKS = 16  # four stages at four densities
 NUM_STAGES = 4
+NUM_POOLINGS = 8  # two maps, two windows, two layouts
+NUM_POOLING_DTYPES = 3
+NUM_TRAINED = 6  # the semantic FPN at two sizes and a ResNet for CIFAR, in two dtypes
 SOAK_CALLS = 10_000  # constant memory is asked of as many; of fewer it is only reported
 FEATURES = "ResNet-50 features"
 
@@ -241,6 +264,46 @@ def memory_goals(results: Results) -> list[Goal]:
     ]
 
 
+def pooling_goals(results: Results) -> list[Goal]:
+    """What SoftPool must reach, against torch's poolings and against its own formula."""
+    forward, train = results.get("pool-forward", []), results.get("pool-train", [])
+    kept = [
+        row["ours keeps MiB"] / row["formula keeps MiB"]
+        for row in results.get("pool-memory", [])
+        if len(numbers([row], "ours keeps MiB") + numbers([row], "formula keeps MiB")) == 2
+    ]
+
+    def goal(what: str, values: Sequence[float], reach: float, at_most: bool = True) -> Goal:
+        expected = NUM_POOLINGS * (NUM_POOLING_DTYPES if "error" in what else 1)
+        return Goal(f"SoftPool, {what}", values, reach, at_most, expected)
+
+    slower = numbers(forward, "ours / slower pool")
+    faster = numbers(forward, "formula / ours")
+    errors = numbers(results.get("pool-error", []), "error ratio")
+    return [
+        goal("forward: time / that of the slower of average and max pooling", slower, 1.5),
+        goal("forward: times faster than its formula", faster, 5.0, at_most=False),
+        goal("with backward: time / max pooling's", numbers(train, "ours / max_pool2d"), 1.5),
+        goal("kept for backward / what its formula keeps", kept, 1.0),
+        goal("error / that of its formula in the same dtype", errors, 2.0),
+    ]
+
+
+def training_goals(results: Results) -> list[Goal]:
+    """What a sampled training step may take, against the dense one."""
+    rows = results.get("training_step", [])
+    return [
+        Goal(
+            f"training step, sampled / dense: {what}",
+            numbers(rows, column),
+            reach,
+            at_most=True,
+            expected=NUM_TRAINED,
+        )
+        for what, column, reach in (("time", "time ratio", 1.3), ("memory", "live ratio", 1.2))
+    ]
+
+
 def reach_rows(results: Results) -> list[Row]:
     """One line per goal: what was asked, what was measured, whether it is met."""
     goals = [
@@ -248,12 +311,34 @@ def reach_rows(results: Results) -> list[Row]:
         *network_goals(results),
         *sampling_goals(results),
         *memory_goals(results),
+        *pooling_goals(results),
+        *training_goals(results),
     ]
     return [
         {"what": goal.what, "asked": goal.asked, "measured": spread(goal.values),
          "verdict": goal.verdict()}
         for goal in goals
     ]  # fmt: skip
+
+
+def table_of(stem: str, row: Row) -> str:
+    """The table that a row of a file belongs to.
+
+    Rows of one kind may lie in files by dtype, and rows of several kinds in one file: of SoftPool,
+    what they hold tells forward, training, memory and error apart.
+    """
+    if stem.startswith("training_step"):
+        return "training_step"
+    if "pool" not in stem.split("-"):
+        return stem
+    telling = {"error ratio": "error", "ours / max_pool2d": "train", "ours keeps MiB": "memory"}
+    kind = next((kind for column, kind in telling.items() if column in row), "forward")
+    return f"pool-{kind}"
+
+
+def file_of(name: str) -> str:
+    """The file that the rows of a table come from."""
+    return "pool.json" if name.startswith("pool-") else f"{name}.json"
 
 
 def table(results: Results, name: str) -> str:
@@ -265,7 +350,8 @@ def table(results: Results, name: str) -> str:
     ]
     rows = [row for row in rows if row]
     if not rows:
-        return f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}: there is no {name}.json with rows."
+        file = file_of(name)
+        return f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}: there is no {file} with such rows."
     # Columns in the page's order, also where the first row lacks some.
     ordered = [c for c in columns if any(c in row for row in rows)]
     return markdown_table([{c: row.get(c, "") for c in ordered} for row in rows])
@@ -316,7 +402,8 @@ def sections(files: Sequence[Path], page: Path | None) -> dict[str, str]:
     described: dict[str, dict[str, str]] = {}
     for path in sorted(files):
         content = json.loads(path.read_text(encoding="utf-8"))
-        results[path.stem] = content["rows"]
+        for row in content["rows"]:
+            results.setdefault(table_of(path.stem, row), []).append(row)
         described[path.name] = content["environment"]
         sources += source_lines(path, content)
     made = {"reach": markdown_table(reach_rows(results))}
@@ -327,7 +414,7 @@ def sections(files: Sequence[Path], page: Path | None) -> dict[str, str]:
         start = page.parent if page else Path()
         link = Path(os.path.relpath(figures[0], start)).as_posix()
         made["figure"] = f"![Time of each block, and its bounds]({link})"
-    missing = [f"{name}.json" for name in COLUMNS if name not in results]
+    missing = dict.fromkeys(file_of(name) for name in COLUMNS if name not in results)
     if missing:
         sources.append(f"- not measured: {', '.join(missing)}")
     made["environment"] = "\n\n".join(["\n".join(sources), environments(described)])

@@ -10,7 +10,7 @@ from PIL import Image
 from sparsight.cli import find_recipe, load_recipe, main, normalise_flags
 from sparsight.train.architecture import Architecture, Sampling, build_dense, convert
 from sparsight.train.checkpoint import read_dataset, save_checkpoint
-from sparsight.train.data import SyntheticScenes
+from sparsight.train.data import SyntheticScenes, moving_shapes
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +101,47 @@ def test_a_profile_of_a_classifier_names_the_layers(tmp_path, capsys):
     assert "layer3.0" in capsys.readouterr().out
 
 
+def test_a_model_with_other_poolings_is_trained_and_scored_frozen(data, tmp_path):
+    flags = ["--data", str(data), "--size", "32x48", "--fpn-channels", "8", "--head-channels", "8"]
+    flags += ["--quick", "--progress-bar", "false", "--pooling", "soft", "--pools-strides"]
+    assert main(["train", RECIPE, *flags, "--out", str(tmp_path)]) == 0
+    trained = json.loads((tmp_path / "result.json").read_text())
+    weights, out = str(tmp_path / "weights.safetensors"), tmp_path / "scores.json"
+    flags = ["--data", str(data), "--latency", "false", "--out", str(out)]
+    assert main(["evaluate", weights, *flags]) == 0
+    result = json.loads(out.read_text())
+    assert result["architecture"] == trained["architecture"]
+    assert result["architecture"]["pools_strides"] and result["frozen"]
+    assert result["scores"][0]["macs_total"] == trained["macs_total"]
+    assert result["scores"][0]["miou"] == pytest.approx(trained["miou"], abs=1e-3)
+
+
+def test_a_model_of_clips_is_scored_and_profiled_without_a_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(moving_shapes._NUM_CLIPS, "val", 4)
+    architecture = Architecture(
+        model="small_c3d",
+        num_classes=8,
+        backbone=None,
+        fpn_channels=None,
+        head_channels=None,
+        size=(16, 16),
+        pooling="soft",
+    )
+    weights = tmp_path / "weights.safetensors"
+    save_checkpoint(weights, build_dense(architecture), architecture, dataset="moving_shapes")
+    out = tmp_path / "scores.json"
+    assert main(["evaluate", str(weights), "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert (result["dataset"], result["metric"]) == ("moving_shapes", "top1")
+    assert result["architecture"]["pooling"] == "soft"
+    assert [row["name"] for row in result["latency"]["rows"]][1] == "dense, frozen"
+    capsys.readouterr()
+    assert main(["profile", str(weights)]) == 0
+    assert re.search(r"pool1 +SoftPool3d", capsys.readouterr().out)
+    assert main(["profile", str(weights), "--image", "x.png"]) == 1
+    assert "image='x.png' was given for a model of clips" in capsys.readouterr().err
+
+
 def test_masks_are_drawn(trained, data, tmp_path):
     arguments = [str(trained / "weights.safetensors"), "--data", str(data), "--images", "[0,2]"]
     assert main(["masks", *arguments, "--out", str(tmp_path)]) == 0
@@ -120,6 +161,17 @@ def test_results_that_cannot_be_written_are_one_line(trained, data, tmp_path, ca
     assert main(["masks", *flags, "--images", "[0]", "--out", str(tmp_path / "file")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("sparsight: error: ") and "file" in error and "Traceback" not in error
+
+
+def test_pictures_are_predicted(trained, data, tmp_path, capsys):
+    weights = str(trained / "weights.safetensors")
+    flags = ["--images", str(data / "val"), "--out", str(tmp_path), "--scales", "0.5,1", "--flip"]
+    assert main(["predict", weights, *flags, "--window", "64x64", "--overlap", "8"]) == 0
+    names = [f"scene{i}_{kind}.png" for i in range(3) for kind in ("labels", "overlay")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in names]
+    assert main(["predict", weights, "--images", "nowhere"]) == 1
+    assert "'nowhere' does not exist" in capsys.readouterr().err
 
 
 def test_an_image_that_is_not_there_is_named(trained, data, tmp_path, capsys):
@@ -204,6 +256,8 @@ def test_flags_may_be_written_as_people_write_them():
         "--lr",
         "1e-3",
     ]
+    given = ["--scales", "0.75,1,1.25", "--images=0,2", "a,b", "1.2.3"]
+    assert normalise_flags(given) == ["--scales", "[0.75,1,1.25]", "--images=[0,2]", "a,b", "1.2.3"]
     assert normalise_flags(["--quick", "--help"]) == ["--quick", "true", "--help"]
 
 
@@ -216,7 +270,7 @@ def test_unknown_commands_and_flags_are_refused(capsys):
     assert "wings" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["evaluate", "profile", "masks", "demo"])
+@pytest.mark.parametrize("command", ["evaluate", "profile", "masks", "predict", "demo"])
 def test_every_command_explains_its_flags(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

@@ -1,4 +1,4 @@
-"""The pages on training and distilling: their Python runs, their commands have those flags."""
+"""The pages: their Python runs, their commands have the flags that they are given."""
 
 import dataclasses
 import inspect
@@ -23,8 +23,15 @@ PAGE, DISTIL = (
 )
 
 
+MODEL_PAGES = ["frrn.md", "refinenet.md"]
+
+
 def blocks(language: str, page: str = PAGE) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+
+
+def read(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
 # For a test the network is shallower, the images are smaller, the steps fewer.
@@ -59,9 +66,19 @@ def test_the_python_of_distillation_runs_and_learns(tmp_path, capsys):
     assert capsys.readouterr().out == "4 4\n"
 
 
+@pytest.mark.parametrize("name", MODEL_PAGES)
+def test_the_example_of_a_model_runs(name):
+    names: dict[str, object] = {}
+    exec("".join(blocks("python", read(name))), names)
+    assert names["logits"].shape == (1, 11, 60, 80) and names["logits"].isfinite().all()
+
+
 def commands() -> list[str]:
-    lines = "".join(blocks("bash") + blocks("bash", DISTIL)).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip()]
+    pages = [PAGE, DISTIL, read("compress.md"), *map(read, MODEL_PAGES)]
+    lines = (
+        "".join(b for page in pages for b in blocks("bash", page)).replace("\\\n", " ").splitlines()
+    )
+    return [line for line in lines if line.strip() and not line.startswith("pip install ")]
 
 
 def flags_of(function) -> set[str]:
@@ -81,7 +98,7 @@ def function_of(words: list[str]):
     return getattr(cli, words[1]), words[2:]
 
 
-@pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command.split()[:3]))
+@pytest.mark.parametrize("command", commands())
 def test_its_commands_have_their_flags(command):
     words = shlex.split(command)
     if words[0] == "python":
@@ -97,7 +114,7 @@ def test_flags_in_its_text_are_those_of_a_recipe_or_a_command():
     known = {"traceback"}
     for path in (ROOT / "recipes").glob("*/*.py"):
         known |= flags_of(cli.load_recipe(path))
-    for name in ("evaluate", "masks", "profile"):
+    for name in ("evaluate", "masks", "predict", "profile"):
         known |= flags_of(getattr(cli, name))
     for page, at_least in ((PAGE, 16), (DISTIL, 3)):
         text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)

@@ -55,6 +55,7 @@ HOMES = {
     # What finds residual blocks (convert) knows them by their children, so that timm's match too.
     "torchvision": [
         "models/faster_rcnn.py",
+        "models/refinenet.py",
         "models/semantic_fpn.py",
         "models/torchvision_resnet.py",
         "models/torchvision_segmentation.py",

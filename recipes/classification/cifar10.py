@@ -15,6 +15,7 @@ from sparsight.train.data import (
     cifar10_training_transform,
 )
 from sparsight.train.distillation import shared_flags
+from sparsight.train.pooling import PoolingKind
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import ClassificationMethod, Layout, Noise
 
@@ -22,7 +23,9 @@ from sparsight.train.sampling import ClassificationMethod, Layout, Noise
 def cifar10(
     *,
     data: str | None = None,
-    depth: Literal[20, 32, 44, 56, 110] = 56,
+    depth: Literal[8, 14, 20, 32, 44, 56, 110] = 56,
+    pooling: PoolingKind = "own",
+    pools_strides: bool = False,
     epochs: int = 20,
     batch_size: int = 64,
     accumulate: int = 1,
@@ -68,6 +71,9 @@ def cifar10(
     Args:
         data: folder with cifar-10-batches-bin/, or with one *.npz file. Needed unless `quick`.
         depth: of the network, 6n + 2.
+        pooling: "max", "average" or "soft" with `pools_strides`; these networks have no pooling of
+            their own but the global one, which stays.
+        pools_strides: convolutions that step become ones of stride 1 with a pooling behind them.
         epochs: passes over the training images.
         batch_size: images per process and micro-batch.
         accumulate: micro-batches per optimiser step.
@@ -132,10 +138,12 @@ def cifar10(
     dense = Architecture(
         model="resnet_cifar",
         num_classes=len(train_data.classes),
-        backbone=f"resnet{depth}",  # type: ignore[arg-type]  # one of the five by its annotation
+        backbone=f"resnet{depth}",  # type: ignore[arg-type]  # one of those by its annotation
         fpn_channels=None,
         head_channels=None,
         size=size,
+        pooling=pooling,
+        pools_strides=pools_strides,
     )
     recipe = Recipe(
         train_data=train_data,

@@ -5,27 +5,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsight.train.architecture import Architecture, build_dense
-from sparsight.train.data import CamVid, SyntheticScenes, evaluation_transform, training_transform
+from sparsight.models.refinenet import BackboneName
+from sparsight.train.architecture import SegmentationModel, build_dense
+from sparsight.train.data import CamVid, SyntheticScenes, evaluation_transform
 from sparsight.train.distillation import shared_flags
+from sparsight.train.pooling import PoolingKind
 from sparsight.train.recipe import Recipe
+from sparsight.train.segmentation_choices import (
+    Augmentation,
+    Loss,
+    segmentation_architecture,
+    segmentation_transform,
+)
 from sparsight.train.segmentation_run import train_segmentation
 
 
 def camvid(
     *,
     data: str | None = None,
-    model: Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50"] = "semantic_fpn",
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnext50_32x4d"] = "resnet18",
+    model: SegmentationModel = "semantic_fpn",
+    backbone: BackboneName = "resnet18",
     is_dilated: bool = False,
     is_deformable: bool = False,
     fpn_channels: int = 48,
     head_channels: int = 48,
+    channels: int | None = None,
+    pooling: PoolingKind = "own",
+    pools_strides: bool = False,
     size: tuple[int, int] = (240, 320),
     epochs: int = 40,
     batch_size: int = 8,
     accumulate: int = 1,
     lr: float = 1e-3,
+    loss: Loss = "cross_entropy",
+    augmentation: Augmentation = "default",
     init: str | None = None,
     seed: int = 0,
     out: str = "runs/camvid",
@@ -53,18 +66,29 @@ def camvid(
 
     Args:
         data: folder with train/, trainannot/, val/, valannot/. Needed unless `quick`.
-        model: architecture; torchvision's fcn and deeplabv3, or the semantic FPN.
-        backbone: of the semantic FPN, random weights.
+        model: architecture; torchvision's fcn and deeplabv3, the semantic FPN, FRRN-A or -B, or
+            RefineNet and its light-weight form.
+        backbone: of the semantic FPN and of RefineNet, random weights. The semantic FPN takes
+            resnet18, resnet34, resnet50 and resnext50_32x4d.
         is_dilated: semantic FPN with dilation 2 and 4 in the last stages (bottlenecks only).
         is_deformable: semantic FPN with deformable stages 2 to 4 (resnet50 only).
         fpn_channels: width of the pyramid. 48 keeps most MACs in a small backbone.
         head_channels: width of the segmentation branch.
+        channels: width of FRRN's stem (48 as published, the default) or of RefineNet's decoder
+            (256); of no other model.
+        pooling: kind of the poolings, "max", "average" or "soft"; "own" is a ResNet's max pooling
+            in the stem.
+        pools_strides: convolutions that step become ones of stride 1 with such a pooling behind
+            them, which costs more multiply-adds.
         size: height and width of the images in pixels, as 240x320. Scores are counted at the
             annotations' own size.
         epochs: passes over the training images.
         batch_size: images per process and micro-batch.
         accumulate: micro-batches per optimiser step.
         lr: peak learning rate of AdamW.
+        loss: "cross_entropy", or "bootstrapped", FRRN's: of the worst sixteenth of each image.
+        augmentation: "default" scales by .75 to 1.75, crops and flips; "refinenet" scales by .7 to
+            1.3; "frrn" translates and changes the gamma instead.
         init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model.
         seed: of weights, order, augmentation and noise.
         out: folder for the results: weights.safetensors, result.json, last.ckpt, log/metrics.csv.
@@ -105,21 +129,25 @@ def camvid(
     if quick:
         epochs, batch_size, num_workers, accumulate = 2, min(batch_size, 2), 0, 1
 
-    is_fpn = model == "semantic_fpn"
-    dense = Architecture(
+    dense = segmentation_architecture(
         model=model,
         num_classes=len(train_data.classes),
-        backbone=backbone if is_fpn else None,
+        size=size,
+        backbone=backbone,
         is_dilated=is_dilated,
         is_deformable=is_deformable,
-        fpn_channels=fpn_channels if is_fpn else None,
-        head_channels=head_channels if is_fpn else None,
-        size=size,
+        fpn_channels=fpn_channels,
+        head_channels=head_channels,
+        channels=channels,
+        pooling=pooling,
+        pools_strides=pools_strides,
     )
     planned = flags.plan(size=size, dense=lambda: build_dense(dense))
     recipe = Recipe(
         train_data=train_data,
-        train_transform=training_transform(planned.size, ignore_index=train_data.ignore_index),
+        train_transform=segmentation_transform(
+            augmentation, planned.size, model=model, ignore_index=train_data.ignore_index
+        ),
         val_data=val_data,
         val_transform=evaluation_transform(planned.size),
         out=Path(out),
@@ -142,7 +170,8 @@ def camvid(
         budget=flags.budget,
         lr=lr,
         init=init,
+        loss=loss,
         distillation=distillation,
         resume=resume,
-        details={"method": flags.method},
+        details={"method": flags.method, "loss": loss, "augmentation": augmentation},
     )

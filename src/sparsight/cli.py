@@ -1,4 +1,4 @@
-"""The `sparsight` command: train, evaluate, profile, draw masks, run the demo."""
+"""The `sparsight` command: train, evaluate, profile, draw masks, predict, run the demo."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _USAGE = """usage: sparsight COMMAND [arguments]
   evaluate CHECKPOINT ...       mIoU, AP or top-1, MACs and frozen milliseconds, over seeds
   profile CHECKPOINT ...        density, MACs and milliseconds of each layer
   masks CHECKPOINT ...          pictures: prediction, where it computes, sampling masks
+  predict CHECKPOINT ...        label maps, or COCO's results, of pictures without annotations
   demo                          everything at once, small, on scenes drawn on the spot
 
 `sparsight COMMAND --help` lists the flags of a command, `sparsight train RECIPE --help` those of a
@@ -31,23 +32,30 @@ written 240x320. --traceback anywhere shows where an error came from.
 def evaluate(
     checkpoint: str,
     *,
-    data: str,
-    dataset: Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco"] | None = None,
+    data: str | None = None,
+    dataset: Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco", "moving_shapes"]
+    | None = None,
     split: Literal["train", "val"] = "val",
     size: tuple[int, int] | None = None,
     frozen: bool = True,
     latency: bool = True,
     seeds: int = 1,
     batch_size: int = 8,
+    scales: tuple[float, ...] | list[float] = (1.0,),
+    flip: bool = False,
+    window: tuple[int, int] | None = None,
+    overlap: int = 64,
     out: str | None = None,
 ) -> dict[str, Any]:
     """Score a checkpoint: metric, MACs, and milliseconds frozen against its dense form.
 
-    The metric is mIoU on CamVid and Cityscapes, top-1 on CIFAR-10 and ImageNet, AP on COCO.
+    The metric is mIoU on CamVid and Cityscapes, top-1 on CIFAR-10, ImageNet and the moving shapes,
+    AP on COCO.
 
     Args:
         checkpoint: weights.safetensors of a training run.
-        data: folder of the data set, in the layout that its recipe expects.
+        data: folder of the data set, in the layout that its recipe expects; left out for
+            moving_shapes, which are drawn.
         dataset: which one it is; default: what the checkpoint says.
         split: which images; "val" is CIFAR-10's test set.
         size: height and width in pixels, as 240x320; default: those of training. A smaller one is
@@ -58,9 +66,16 @@ def evaluate(
         seeds: number of sampling seeds, from 0; more than one gives mean, standard deviation, least
             and greatest of the metric and of the share of the MACs.
         batch_size: images scored at once.
+        scales: of a segmentation model: factors on the size of the input, as 0.75,1,1.25, over
+            which it is averaged. Costs and milliseconds are those of all of them.
+        flip: of a segmentation model: each also mirrored, left to right.
+        window: of a segmentation model: height and width, as 512x1024, of the windows that an image
+            is cut into that would not fit into memory; default: the whole image at once.
+        overlap: pixels that neighbouring windows share.
         out: JSON file to write the result to; bench/curves.py draws them.
     """
     from sparsight.train.checkpoint import write_atomically
+    from sparsight.train.dense_inference import DenseInference
     from sparsight.train.evaluate_checkpoint import evaluate_checkpoint
 
     if out is not None and Path(out).is_dir():  # said before the images are scored, not after
@@ -68,6 +83,7 @@ def evaluate(
             f"sparsight evaluate: out={out!r} is a folder; a file is required; pass --out "
             f"{Path(out) / 'evaluation.json'}."
         )
+    inference = DenseInference(scales=tuple(scales), flip=flip, window=window, overlap=overlap)
     result = evaluate_checkpoint(
         checkpoint,
         data=data,
@@ -78,6 +94,7 @@ def evaluate(
         latency=latency,
         seeds=seeds,
         batch_size=batch_size,
+        inference=inference,
     )
     if out is not None:
         write_atomically(out, json.dumps(result, indent=2).encode())
@@ -97,7 +114,7 @@ def profile(
         checkpoint: weights.safetensors of a training run.
         size: height and width in pixels, as 240x320; default: those of training. For a detector:
             shorter side, and the bound on the longer.
-        image: picture to run on; default: a drawn street scene. Densities depend on it.
+        image: picture to run on; default: a drawn street scene, or clip. Densities depend on it.
         choose: "measured" runs the layers dense that are faster so on this picture, which changes
             what they return; below the table stands what both forms of each took. Default: none.
     """
@@ -112,6 +129,8 @@ def profile(
     if architecture.task == "detection":  # it resizes and normalises by itself
         shorter, bound = architecture.size
         x = [_pixels(image, (shorter, min(bound, shorter * 4 // 3))).float() / 255]
+    elif architecture.task == "video":
+        x = _clip(image, architecture.size)
     else:
         x = _picture(image, architecture.size)
     frozen = freeze(model.eval(), example=x, choose=choose)
@@ -161,6 +180,54 @@ def masks(
         out=out,
         shows_data=shows_data,
         per_sampler=per_sampler,
+    )
+    print("\n".join(map(str, written)))
+    return [str(path) for path in written]
+
+
+def predict(
+    checkpoint: str,
+    *,
+    images: str,
+    out: str = "predictions",
+    size: tuple[int, int] | None = None,
+    scales: tuple[float, ...] | list[float] = (1.0,),
+    flip: bool = False,
+    window: tuple[int, int] | None = None,
+    overlap: int = 64,
+    frozen: bool = True,
+    overlays: bool = True,
+) -> list[str]:
+    """Write what a checkpoint says of pictures: label maps, or detections as COCO's results.
+
+    Segmentation writes NAME_labels.png, one byte a pixel, at the picture's own size. Detection
+    writes predictions.json and images.json. Both write NAME_overlay.png.
+
+    Args:
+        checkpoint: weights.safetensors of a training run for segmentation or detection.
+        images: a PNG or JPEG file, or a folder of them.
+        out: folder for the files.
+        size: height and width in pixels, as 240x320; default: those of training. For a detector:
+            shorter side, and the bound on the longer.
+        scales: of a segmentation model: factors on the size, as 0.75,1,1.25, that are averaged.
+        flip: of a segmentation model: each also mirrored, left to right.
+        window: of a segmentation model: height and width of the windows that a large image is cut
+            into; default: the whole image at once.
+        overlap: pixels that neighbouring windows share.
+        frozen: freeze the model first.
+        overlays: also write the pictures.
+    """
+    from sparsight.train.dense_inference import DenseInference
+    from sparsight.train.predict_checkpoint import predict_checkpoint
+
+    written = predict_checkpoint(
+        checkpoint,
+        images=images,
+        out=out,
+        size=size,
+        inference=DenseInference(scales=tuple(scales), flip=flip, window=window, overlap=overlap),
+        frozen=frozen,
+        overlays=overlays,
     )
     print("\n".join(map(str, written)))
     return [str(path) for path in written]
@@ -244,6 +311,7 @@ def _dispatch(command: str, rest: list[str]) -> int:
         "evaluate": evaluate,
         "profile": profile,
         "masks": masks,
+        "predict": predict,
     }
     program = f"sparsight {command}"
     if command == "train":
@@ -275,7 +343,7 @@ def normalise_flags(arguments: Sequence[str]) -> list[str]:
     """Return the arguments in the spelling jsonargparse expects.
 
     `--batch-size 8` becomes `--batch_size 8`, a flag without a value gets `true`, `240x320` becomes
-    `[240,320]`.
+    `[240,320]`, and numbers with commas between them, as `0.75,1`, become a list.
     """
     result: list[str] = []
     for i, argument in enumerate(arguments):
@@ -294,7 +362,10 @@ def normalise_flags(arguments: Sequence[str]) -> list[str]:
 
 def _size(value: str) -> str:
     match = re.fullmatch(r"(\d+)x(\d+)", value)
-    return f"[{match[1]},{match[2]}]" if match else value
+    if match:
+        return f"[{match[1]},{match[2]}]"
+    number = r"\d+(?:\.\d*)?"
+    return f"[{value}]" if re.fullmatch(rf"{number}(?:,{number})+", value) else value
 
 
 def _picture(path: str | None, size: tuple[int, int]) -> torch.Tensor:
@@ -303,6 +374,20 @@ def _picture(path: str | None, size: tuple[int, int]) -> torch.Tensor:
 
     picture = normalised_picture(_pixels(path, size), size)[None]
     return picture.contiguous(memory_format=torch.channels_last)
+
+
+def _clip(path: str | None, size: tuple[int, int]) -> torch.Tensor:
+    """A drawn clip as models for clips take it."""
+    from sparsight.nn.channels_last import channels_last
+    from sparsight.train.data.moving_shapes import clip_transform, draw_clip
+
+    if path is not None:
+        raise ValueError(
+            f"profile: image={path!r} was given for a model of clips; a drawn clip is used, and no "
+            "picture is read; leave --image out."
+        )
+    clip, _ = clip_transform()(draw_clip(0, size=size, num_frames=8, seed=0), 0)
+    return channels_last(clip[None])
 
 
 def _pixels(path: str | None, size: tuple[int, int]) -> torch.Tensor:

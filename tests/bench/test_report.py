@@ -110,10 +110,73 @@ def test_memory_is_held_against_eager_of_the_same_image(report):
     assert goal(report, results, "warm call of a block") == ("not measured", "not measured")
 
 
+POOLED = {"map": "8x64x112x112", "window": 2, "layout": "channels-last", "ours ms": 3.0}
+FORWARD = {**POOLED, "ours / slower pool": 0.5, "formula / ours": 6.0}
+TRAINED = {**POOLED, "ours / max_pool2d": 1.2, "formula / ours": 4.0}
+KEPT = {"map": "8x64x112x112", "ours keeps MiB": 2.0, "formula keeps MiB": 4.0}
+ERROR = {"map": "8x64x112x112", "dtype": "float16", "error ratio": 0.5, "ours, error": 1e-3}
+
+
+def test_soft_pool_is_judged_by_every_row(report):
+    results = {
+        "pool-forward": [FORWARD] * 8,
+        "pool-train": [TRAINED] * 8,
+        "pool-memory": [KEPT] * 8,
+        "pool-error": [ERROR] * 24,
+    }
+    lines = {row["what"]: (row["measured"], row["verdict"]) for row in report.reach_rows(results)}
+    found = [value for what, value in lines.items() if what.startswith("SoftPool")]
+    assert found == [
+        ("0.5 to 0.5", "met"),
+        ("6 to 6", "met"),
+        ("1.2 to 1.2", "met"),
+        ("0.5 to 0.5", "met"),
+        ("0.5 to 0.5", "met"),
+    ]
+    results["pool-forward"] = [FORWARD] * 7 + [{**FORWARD, "ours / slower pool": 1.6}]
+    assert goal(report, results, "slower of average") == ("0.5 to 1.6", "missed")
+    results["pool-train"] = [TRAINED] * 3
+    assert goal(report, results, "max pooling's")[1] == "only 3 of 8 rows measured"
+    results["pool-memory"] = [{**KEPT, "ours keeps MiB": "-"}]
+    assert goal(report, results, "kept for backward") == ("not measured", "not measured")
+
+
+def test_training_steps_are_judged_by_time_and_by_what_is_live(report):
+    row = {"network": "x", "time ratio": 1.2, "live ratio": 1.3, "peak ratio": 1.0}
+    results = {"training_step": [row] * 6}
+    assert goal(report, results, "dense: time") == ("1.2 to 1.2", "met")
+    assert goal(report, results, "dense: memory") == ("1.3 to 1.3", "missed")
+
+
+def test_rows_find_their_tables_whatever_files_they_lie_in(report, tmp_path):
+    here = {"CPU": "x"}
+    files = [
+        write(tmp_path, "pool", [FORWARD, TRAINED], here),
+        write(tmp_path, "2026-11-22-soft-pool", [KEPT, ERROR], here),
+        write(tmp_path, "pool-bfloat16", [{**FORWARD, "dtype": "bfloat16", "map": "1x1"}], here),
+        write(tmp_path, "training_step", [{"network": "a", "dtype": "float32"}], here),
+        write(tmp_path, "training_step-bfloat16", [{"network": "b", "dtype": "bfloat16"}], here),
+    ]
+    parts = report.sections(files, None)
+    for name, column, count in (
+        ("pool-forward", "ours / slower pool", 2),
+        ("pool-train", "ours / max_pool2d", 1),
+        ("pool-memory", "ours keeps MiB", 1),
+        ("pool-error", "ours, error", 1),
+        ("training_step", "network", 2),
+    ):
+        header, _, *rows = parts[name].splitlines()
+        assert column in header and len(rows) == count, name
+    assert "avg_pool2d" not in parts["pool-forward"]  # no row has it
+    absent = report.sections(files[-2:], None)
+    assert absent["pool-train"] == "Not measured: there is no pool.json with such rows."
+    assert absent["environment"].count("pool.json") == 1
+
+
 def test_what_was_not_measured_says_so(report):
     rows = report.reach_rows({"block": [{"ours ms": "no bfloat16", "realised/possible": "-"}]})
     assert {(row["measured"], row["verdict"]) for row in rows} == {("not measured",) * 2}
-    assert report.table({}, "block") == "Not measured: there is no block.json with rows."
+    assert report.table({}, "block") == "Not measured: there is no block.json with such rows."
 
 
 def write(folder, name, rows, environment):

@@ -1,4 +1,4 @@
-"""One regression: targets behind shortcuts, joint choices, errors as they are in the network."""
+"""One regression: targets behind shortcuts, joint choices, and errors as in the network."""
 
 import pytest
 import torch

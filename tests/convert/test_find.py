@@ -297,3 +297,32 @@ def test_the_error_survives_pickling():
     copied = pickle.loads(pickle.dumps(error))
     assert str(copied) == str(error) and copied.refused == error.refused
     assert isinstance(error, ValueError)
+
+
+class Chain(nn.Module):
+    """Says which of its convolutions cost enough to be sampled."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names = names
+        self.cheap, self.dear = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.odd = ScaledConv(4, 4, 3, padding=1)
+        self.relu = nn.ReLU()
+
+    def convs_to_sample(self):
+        return list(self.names)
+
+
+def test_default_takes_the_convolutions_that_a_module_names():
+    targets = find_targets(nn.Sequential(Chain("dear"), BasicBlock(4, 4), Chain()))
+    assert list(targets.convs) == ["0.dear"] and list(targets.blocks) == ["1"]
+    assert list(find_targets(Chain("dear", "cheap")).convs) == ["cheap", "dear"]
+
+
+def test_a_named_convolution_that_cannot_be_sampled_is_left_dense_with_its_reason():
+    targets = find_targets(Chain("dear", "odd", "relu"))
+    assert list(targets.convs) == ["dear"]
+    assert targets.left_dense == [
+        ("odd", "ScaledConv has another forward than Conv2d"),
+        ("relu", "a ReLU is not a Conv2d"),
+    ]

@@ -253,7 +253,7 @@ def test_one_thread_equals_two_bit_for_bit() -> None:
             torch.set_num_threads(num_threads)
             shortcut = copy.deepcopy(block)
             shortcut.downsample = None
-            shortcut.is_block = False
+            shortcut.has_shortcut = False
             results.append(shortcut(features))
     finally:
         torch.set_num_threads(before)

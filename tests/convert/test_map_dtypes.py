@@ -15,10 +15,17 @@ import sparsight
 from sparsight.convert import ConversionError
 from sparsight.convert.map_dtypes import keep_maps_narrow
 from sparsight.measure import count_macs
-from sparsight.nn import SampledBlock, Sampler
+from sparsight.nn import (
+    AdaptiveSoftPool2d,
+    SampledBlock,
+    Sampler,
+    SoftPool1d,
+    SoftPool2d,
+    SoftPool3d,
+)
 from sparsight.nn.frozen_block import FrozenBlock
 from sparsight.nn.frozen_conv import FrozenConv2d
-from sparsight.ops import cpu
+from sparsight.ops import cpu, soft_pool2d
 
 needs_instructions = pytest.mark.skipif(
     not cpu.has_bfloat16(), reason="this CPU or this build has no AVX-512 BF16 instructions"
@@ -82,6 +89,14 @@ CASES = {
     "another activation": (lambda n, x: n.c(F.gelu(n.b(n.a(x)))), {"a"}),
     "max pooling": (lambda n, x: n.b(F.max_pool2d(n.a(x), 3, 2, 1)), {"a"}),
     "average pooling": (lambda n, x: n.b(F.avg_pool2d(n.a(x), 2)), {"a"}),
+    "soft pooling": (lambda n, x: n.b(soft_pool2d(n.a(x), 3, stride=2, padding=1)), {"a"}),
+    "soft pooling returned": (
+        lambda n, x: (lambda y: (soft_pool2d(y, 2), n.b(y)))(n.a(x)),
+        set(),
+    ),
+    "widened by the model": (lambda n, x: n.b(n.a(x).to(torch.float32)), {"a"}),
+    "widened and returned": (lambda n, x: (lambda y: (y.float(), n.b(y)))(n.a(x)), set()),
+    "widened for a sigmoid": (lambda n, x: n.b(n.a(x).float().sigmoid()), set()),
     "global pooling": (lambda n, x: n.b(F.adaptive_avg_pool2d(n.a(x), 1)), set()),
     "mean": (lambda n, x: n.b(n.a(x)).mean((2, 3)), {"a"}),
     "concatenation": (lambda n, x: n.d(torch.cat([n.a(x), n.b(n.a(x))], 1)), {"a", "b"}),
@@ -154,6 +169,77 @@ def test_a_map_that_a_hook_keeps_stays_wide() -> None:
     assert narrow_names(frozen) == {"a"}
     frozen(torch.randn(1, 3, 9, 9))
     assert all(map_.dtype == torch.float32 for map_ in seen)
+
+
+class Flattened(nn.Module):
+    """A pooling of one axis over the rows of a map without a batch, one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = SoftPool1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.pool(image)[None] for image in x.flatten(0, 1)]).unflatten(
+            0, x.shape[:2]
+        )
+
+
+@needs_instructions
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("pool", "is_narrow"),
+    [
+        (SoftPool2d(3, stride=2, padding=1), True),
+        (SoftPool2d(2, weights="shared"), True),
+        (SoftPool3d((1, 2, 2)), True),  # (B, C, H, W) is (C, D, H, W) without a batch
+        (AdaptiveSoftPool2d(4), True),
+        (AdaptiveSoftPool2d((5, 7)), True),  # windows copied apart
+        (nn.AdaptiveAvgPool2d(4), False),
+        (Flattened(), False),  # for what is around the pooling: views
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_soft_pooling_module_passes_bfloat16_on(pool, is_narrow, context) -> None:
+    torch.manual_seed(0)
+    net, x = Net(lambda n, x: n.b(n.pool(n.a(x)))).eval(), torch.randn(2, 3, 12, 10)
+    net.pool = pool
+    with context():
+        frozen = freeze(net, example=x)
+        assert narrow_names(frozen) == ({"a"} if is_narrow else set())
+        seen: list[torch.dtype] = []
+        frozen.pool.register_forward_hook(
+            lambda module, args, output: seen.extend([args[0].dtype, output.dtype])
+        )
+        assert (frozen(x) - net(x)).norm() < 0.02 * net(x).norm()
+    assert seen == [NARROW if is_narrow else torch.float32] * 2
+    assert not pool._forward_hooks and not pool._forward_pre_hooks
+
+
+@needs_instructions
+def test_a_soft_pooled_map_that_others_read_stays_wide() -> None:
+    x = torch.randn(1, 3, 12, 10)
+    for run, expected in (
+        (lambda n, x: (lambda y: n.b(y) + y.sigmoid().mean())(n.pool(n.a(x))), set()),
+        (lambda n, x: n.pool(n.b(n.a(x))), {"a"}),
+        (lambda n, x: (n.pool(n.a(x)), n.b(x[:, :1].expand(-1, 8, -1, -1)))[1], {"a"}),
+    ):
+        net = Net(run).eval()
+        net.pool = SoftPool2d(2)
+        assert narrow_names(freeze(net, example=x)) == expected
+
+
+@needs_instructions
+def test_what_a_hook_of_a_soft_pooling_computes_counts() -> None:
+    x, seen = torch.randn(1, 3, 12, 10), []
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        net = Net(lambda n, x: n.b(n.pool(n.a(x)))).eval()
+        net.pool = SoftPool2d(2)
+        getattr(net.pool, register)(lambda module, args, *output: seen.append(args[0].sigmoid()))
+        assert narrow_names(freeze(net, example=x)) == set()
+    net = Net(lambda n, x: n.b(n.pool(n.a(x)))).eval()
+    net.pool = SoftPool2d(2)
+    net.pool.register_forward_hook(lambda module, args, output: seen.append(output.sigmoid()))
+    assert narrow_names(freeze(net, example=x)) == set()
 
 
 @needs_instructions

@@ -1,13 +1,18 @@
 """Laws of `replace_pooling`: shapes, state and call contract stay; what cannot be, is refused."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import sparsight
 from sparsight import convert
-from sparsight.nn import AdaptiveSoftPool2d, SoftPool1d, SoftPool2d, SoftPool3d
+from sparsight.models import semantic_fpn
+from sparsight.nn import AdaptiveSoftPool2d, Sampler, SoftPool1d, SoftPool2d, SoftPool3d
 from sparsight.nn.pooling import PooledConv2d
+from sparsight.ops import cpu
 
 KINDS = ("soft", "max", "average")
 
@@ -184,3 +189,55 @@ def test_gradients_reach_what_lies_before_the_pooling():
     made = convert.replace_pooling(small_net(), strided_convolutions=True)
     made(torch.randn(1, 3, 16, 16)).sum().backward()
     assert made[0].weight.grad.abs().sum() > 0
+
+
+def soft_fpn(*, strided_convolutions: bool) -> nn.Module:
+    """A sampled semantic FPN that pools softly in its stem, half of the positions computed."""
+    torch.manual_seed(0)
+    dense = semantic_fpn("resnet18", num_classes=3, fpn_channels=8, head_channels=8)
+    soft = convert.replace_pooling(dense, strided_convolutions=strided_convolutions)
+    assert isinstance(soft.backbone.maxpool, SoftPool2d)
+    for module in soft.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 1.5)
+    return sparsight.sparsify(soft, sampler=partial(Sampler, noise="none", bias=0.0)).eval()
+
+
+@pytest.mark.usefixtures("narrow_resnet18")
+@pytest.mark.parametrize("strided_convolutions", [False, True])
+def test_a_sampled_network_with_soft_poolings_freezes(strided_convolutions):
+    model, x = soft_fpn(strided_convolutions=strided_convolutions), torch.randn(2, 3, 45, 64)
+    frozen = sparsight.freeze(model, example=x)
+    assert sum(isinstance(module, SoftPool2d) for module in frozen.modules()) == (
+        8 if strided_convolutions else 1
+    )
+    with torch.no_grad():
+        made, truth = frozen(x)["out"], model(x)["out"]
+    assert (made - truth).abs().max() < 1e-4 * truth.abs().max()
+
+
+@pytest.mark.usefixtures("narrow_resnet18")
+@pytest.mark.skipif(not cpu.has_bfloat16(), reason="no AVX-512 BF16 in this CPU or this build")
+def test_in_bfloat16_the_maps_around_a_soft_pooling_are_narrow():
+    model, x = soft_fpn(strided_convolutions=False), torch.randn(2, 3, 45, 64)
+    frozen = sparsight.freeze(model, example=x, dtype=torch.bfloat16)
+    seen = []
+    frozen.backbone.maxpool.register_forward_hook(
+        lambda module, args, output: seen.extend([args[0].dtype, output.dtype])
+    )
+    with torch.no_grad():
+        made, truth = frozen(x)["out"], model(x)["out"]
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert (made - truth).norm() < 0.03 * truth.norm()
+
+
+@pytest.mark.usefixtures("narrow_resnet18")
+def test_a_frozen_network_with_a_soft_pooling_exports():
+    model, x = soft_fpn(strided_convolutions=False), torch.randn(1, 3, 32, 32)
+    frozen = sparsight.freeze(model, example=x)
+    with torch.no_grad():
+        program = torch.export.export(frozen, (x,))
+        assert torch.equal(program.module()(x)["out"], frozen(x)["out"])
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "sparsight.soft_pool.default" in called

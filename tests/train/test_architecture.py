@@ -6,6 +6,7 @@ import torch
 
 from sparsight.compress import prune_filters
 from sparsight.nn import SampledBlock, Sampler
+from sparsight.nn.pooling import PooledConv2d
 from sparsight.train.architecture import (
     Architecture,
     DetectorArchitecture,
@@ -31,8 +32,11 @@ def test_json_gives_the_same_architecture_back():
     [
         ("semantic_fpn", "segmentation"),
         ("deeplabv3_resnet50", "segmentation"),
+        ("frrn_b", "segmentation"),
+        ("light_weight_refinenet", "segmentation"),
         ("resnet", "classification"),
         ("resnet_cifar", "classification"),
+        ("small_c3d", "video"),
     ],
 )
 def test_a_model_says_what_it_is_for(model, task):
@@ -61,9 +65,10 @@ def test_a_pruned_architecture_is_rebuilt_as_narrow_as_it_is():
     assert pruned_architecture(cifar, build_dense(cifar)) == cifar
 
 
-def test_json_written_before_widths_were_recorded_is_read():
+@pytest.mark.parametrize("field", ["widths", "channels"])
+def test_json_of_before_there_were_other_widths_is_read(field):
     values = SMALL.to_json()
-    del values["widths"]
+    del values[field]
     assert Architecture.from_json(values) == SMALL
 
 
@@ -71,6 +76,34 @@ def test_json_of_another_version_is_refused():
     values = SMALL.to_json() | {"colour": 1}
     with pytest.raises(ValueError, match=r"from_json: fields .*colour.* another version"):
         Architecture.from_json(values)
+
+
+def test_json_from_before_poolings_were_chosen_is_of_ones_own():
+    values = SMALL.to_json()
+    del values["pooling"], values["pools_strides"]
+    assert Architecture.from_json(values) == SMALL
+
+
+def test_poolings_are_of_the_kind_it_says():
+    soft = replace(SMALL, pooling="soft")
+    model = build_dense(soft)
+    assert repr(model.backbone.maxpool) == "SoftPool2d(kernel_size=3, stride=2, padding=1)"
+    assert not any(isinstance(module, PooledConv2d) for module in model.modules())
+    pooled = build_dense(replace(soft, pools_strides=True))
+    # The stem, and of each of three stages the first convolution and its shortcut's.
+    assert sum(isinstance(module, PooledConv2d) for module in pooled.modules()) == 7
+    with torch.no_grad():
+        assert pooled.eval()(torch.zeros(1, 3, 32, 48))["out"].shape == (1, 3, 32, 48)
+    names = [list(each.state_dict()) for each in (build_dense(SMALL), model, pooled)]
+    assert names[0] == names[1] == names[2]
+
+
+def test_pooled_strides_stay_dense_in_a_sampled_model():
+    pooled = replace(SMALL, pooling="soft", pools_strides=True, sampling=Sampling())
+    model = convert(build_dense(pooled), pooled)
+    assert sum(isinstance(m, SampledBlock) for m in model.modules()) == 5  # of 8; 3 step
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(1, 3, 32, 48))["out"].shape == (1, 3, 32, 48)
 
 
 def test_a_sampled_architecture_is_what_it_says():
@@ -94,6 +127,12 @@ def test_a_dense_architecture_is_left_alone():
     [
         (SMALL, SMALL, []),
         (SMALL, replace(SMALL, size=(64, 64)), []),
+        (SMALL, replace(SMALL, pooling="soft"), ["pooling is 'soft', not 'own'"]),
+        (
+            replace(SMALL, pooling="max", pools_strides=True),
+            replace(SMALL, pooling="soft"),
+            ["pooling is 'soft', not 'max'", "pools_strides is False, not True"],
+        ),
         (replace(SMALL, sampling=Sampling()), SMALL, []),
         (SMALL, replace(SMALL, sampling=Sampling()), ["it is sampled, not dense"]),
         (SMALL, replace(SMALL, backbone="resnet34"), ["backbone is 'resnet34', not 'resnet18'"]),

@@ -5,19 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from sparsight.cli import load_recipe
+from sparsight.convert import ConversionError
 from sparsight.measure import count_macs
 from sparsight.models import resnet_cifar
-from sparsight.nn import SampledBlock, ZeroFill
-from sparsight.train.checkpoint import load_checkpoint
+from sparsight.nn import SampledBlock, SoftPool2d, SoftPool3d, ZeroFill
+from sparsight.train.checkpoint import load_checkpoint, read_dataset
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated"),
     pytest.mark.usefixtures("narrow_resnet18"),
 ]
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "classification"
-CIFAR10, IMAGENET = (load_recipe(RECIPES / f"{name}.py") for name in ("cifar10", "imagenet"))
+CIFAR10, IMAGENET, MOVING_SHAPES = (
+    load_recipe(RECIPES / f"{name}.py") for name in ("cifar10", "imagenet", "moving_shapes")
+)
 
 
 def test_a_quick_run_saves_a_network_that_meets_its_budget(tmp_path):
@@ -64,6 +68,52 @@ def test_imagenet_runs_at_the_published_weight(tmp_path):
     )
     assert result["architecture"]["backbone"] == "resnet18"
     assert result["share"] > 0.5
+
+
+def test_a_checkpoint_is_rebuilt_with_its_poolings(tmp_path):
+    flags = {"quick": True, "depth": 8, "progress_bar": False}
+    result = CIFAR10(**flags, pooling="soft", pools_strides=True, out=str(tmp_path / "a"))
+    weights = str(tmp_path / "a" / "weights.safetensors")
+    network, architecture = load_checkpoint(weights)
+    assert (architecture.pooling, architecture.pools_strides) == ("soft", True)
+    assert sum(isinstance(module, SoftPool2d) for module in network.modules()) == 2
+    counted = count_macs(network.eval(), torch.zeros(1, 3, 32, 32)).total
+    assert result["macs_total"] == counted
+    # Two convolutions, 16 to 32 and 32 to 64 channels, at four times the positions.
+    stepping = 9 * (16 * 32 * 16 * 16 + 32 * 64 * 8 * 8)
+    strided = count_macs(resnet_cifar(8).eval(), torch.zeros(1, 3, 32, 32)).total
+    assert counted == strided + 3 * stepping
+    with pytest.raises(ValueError, match="pooling is 'soft', not 'own'; pools_strides is True"):
+        CIFAR10(**flags, init=weights, out=str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("pooling", "cls"),
+    [
+        ("own", nn.MaxPool3d),
+        ("max", nn.MaxPool3d),
+        ("average", nn.AvgPool3d),
+        ("soft", SoftPool3d),
+    ],
+)
+def test_clips_are_learnt_from_with_each_pooling(pooling, cls, tmp_path):
+    result = MOVING_SHAPES(quick=True, pooling=pooling, out=str(tmp_path), progress_bar=False)
+    assert 0 <= result["top1"] <= 1 and result["num_images"] == 4
+    weights = tmp_path / "weights.safetensors"
+    assert read_dataset(weights) == "moving_shapes"
+    network, architecture = load_checkpoint(weights)
+    assert (architecture.task, architecture.size) == ("video", (16, 16))
+    assert sum(type(module) is cls for module in network.modules()) == 3
+
+
+def test_clips_are_learnt_from_a_teacher_too_and_are_not_sampled(tmp_path):
+    flags = {"quick": True, "progress_bar": False}
+    MOVING_SHAPES(**flags, out=str(tmp_path / "a"))
+    teacher = str(tmp_path / "a" / "weights.safetensors")
+    result = MOVING_SHAPES(**flags, pooling="soft", teacher=teacher, out=str(tmp_path / "b"))
+    assert result["architecture"]["pooling"] == "soft"
+    with pytest.raises(ConversionError, match="holds no residual block"):
+        MOVING_SHAPES(**flags, budget=0.5, out=str(tmp_path / "c"))
 
 
 @pytest.mark.parametrize("recipe", [CIFAR10, IMAGENET])

@@ -63,8 +63,8 @@ def batch(count=4):
     return images, torch.arange(count) % 4
 
 
-def test_flags_become_a_distillation_and_a_hardware():
-    distillation, hardware = shared_flags(
+def test_flags_become_sampling_a_distillation_and_a_hardware():
+    flags, distillation, hardware = shared_flags(
         teacher="t.pt",
         distill_temperature=2.0,
         distill_alpha=0.5,
@@ -73,9 +73,11 @@ def test_flags_become_a_distillation_and_a_hardware():
         distill_feature_mode="attention",
         cache_teacher="folder",
         cache_teacher_half=True,
+        budget=0.5,
         devices=2,
         accelerator="cpu",
     )
+    assert flags.budget == 0.5 and flags.method == "sampled"
     assert distillation == Distillation(
         teacher="t.pt",
         temperature=2.0,
@@ -87,7 +89,7 @@ def test_flags_become_a_distillation_and_a_hardware():
         cache_in_half=True,
     )
     assert hardware.devices == 2
-    assert shared_flags()[0].distiller(build_dense(DENSE), DENSE) is None
+    assert shared_flags()[1].distiller(build_dense(DENSE), DENSE) is None
 
 
 @pytest.mark.parametrize(

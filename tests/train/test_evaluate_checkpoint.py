@@ -3,14 +3,17 @@
 import json
 import statistics
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
 
 from sparsight.convert import freeze
+from sparsight.measure.latency import Latency, LatencyComparison
 from sparsight.nn import set_seed
 from sparsight.train.architecture import build_dense
 from sparsight.train.checkpoint import load_checkpoint, read_architecture, save_checkpoint
+from sparsight.train.dense_inference import DenseInference
 from sparsight.train.evaluate_checkpoint import describe, evaluate_checkpoint, latency_rows
 from sparsight.train.evaluation_data import open_evaluation_data
 
@@ -90,6 +93,46 @@ def test_milliseconds_are_taken_beside_the_dense_form(checkpoint_of):
     assert [row.name for row in rows.rows] == names
     assert all(row.latency_ms > 0 for row in rows.rows)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_scales_mirror_images_and_windows_are_scored_and_counted(checkpoint_of, monkeypatch):
+    timed = {}
+
+    def measure(candidates):
+        timed.update({name: call() for name, call in candidates.items()})
+        rows = [Latency(name, 1.0, 0.0, 1.0, 1, 1.0) for name in candidates]
+        return LatencyComparison(rows, 1, "cpu")
+
+    room = import_module("sparsight.train.evaluate_checkpoint")
+    monkeypatch.setattr(room, "measure_latency", measure)
+    weights, root = checkpoint_of("camvid")
+    plain = evaluate_checkpoint(weights, data=root, latency=False)
+    both = DenseInference(scales=(1.0, 0.5), flip=True, window=(32, 32), overlap=8)
+    found = evaluate_checkpoint(weights, data=root, inference=both)
+    assert found["inference"] == {
+        "scales": (1.0, 0.5),
+        "flip": True,
+        "window": (32, 32),
+        "overlap": 8,
+    }
+    # 32x48 is two windows of 32x32, its half is a picture of 16x24; each of them twice.
+    windows, half = 2 * 32 * 32, 16 * 24
+    ratio = 2 * (windows + half) / (32 * 48)
+    dense = [result["scores"][0]["macs_dense"] for result in (found, plain)]
+    assert dense[0] / dense[1] == pytest.approx(ratio, rel=0.05)
+    density = found["scores"][0]["density"]
+    assert density.keys() == plain["scores"][0]["density"].keys()
+    assert all(0 <= value <= 1 for value in density.values())
+    assert found["scores"][0]["class_density"] == {} != plain["scores"][0]["class_density"]
+    assert len(timed) == 3
+    for out in timed.values():  # probabilities, where the model alone returns logits
+        torch.testing.assert_close(out["out"].exp().sum(1), torch.ones(1, 32, 48))
+
+
+def test_what_is_no_segmentation_has_no_scales(checkpoint_of):
+    weights, root = checkpoint_of("cifar10")
+    with pytest.raises(ValueError, match=r"evaluate_checkpoint: .* for classification; scales"):
+        evaluate_checkpoint(weights, data=root, inference=DenseInference(flip=True))
 
 
 def test_no_seed_is_refused(checkpoint_of):

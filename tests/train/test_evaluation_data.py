@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import Subset
 
-from sparsight.train.architecture import Architecture, DetectorArchitecture
+from sparsight.train.architecture import Architecture, DetectorArchitecture, build_dense
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
 from sparsight.train.evaluation_data import dataset_of, open_evaluation_data
 
@@ -20,6 +21,7 @@ USUAL = {
     "imagenet": replace(SEGMENTATION, model="resnet"),
     "coco": DetectorArchitecture(num_classes=7),
 }
+CLIPS = replace(SEGMENTATION, model="small_c3d", num_classes=8, size=(16, 16))
 
 
 def save(folder, architecture, dataset=None):
@@ -67,6 +69,27 @@ def test_an_error_says_what_was_found_and_needed(tmp_path, num_classes, told, as
     path = save(tmp_path, replace(SEGMENTATION, num_classes=num_classes), told)
     with pytest.raises(ValueError, match=message):
         dataset_of(path, asked)
+
+
+def test_clips_are_of_the_moving_shapes_and_need_no_folder(tmp_path):
+    assert dataset_of(save(tmp_path, CLIPS)) == "moving_shapes"
+    with pytest.raises(ValueError, match=r"for video .* 'camvid' was asked for; one of moving_sh"):
+        dataset_of(save(tmp_path, CLIPS), "camvid")
+    data = open_evaluation_data("moving_shapes", None, split="val", num_classes=8, size=CLIPS.size)
+    assert (len(data), data.task, data.title(3)) == (1024, "video", "clip3")
+    assert data.classes[0] == "E"
+    assert data.example().shape == (1, 1, 8, 16, 16)
+    model = build_dense(replace(CLIPS, pooling="soft")).eval()
+    data = replace(data, view=Subset(data.view, range(4)))
+    score = data.score(model, batch_size=3)
+    assert score.num_images == 4 and score.share == 1 and "top1" in score.figures
+    with pytest.raises(ValueError, match=r"moving_shapes has 8 classes, the checkpoint 3; equal"):
+        open_evaluation_data("moving_shapes", None, split="val", num_classes=3, size=(16, 16))
+
+
+def test_what_is_read_needs_a_folder():
+    with pytest.raises(ValueError, match=r"no folder was given for camvid; .*--data DIR"):
+        open_evaluation_data("camvid", None, split="val", num_classes=11, size=(32, 48))
 
 
 @pytest.mark.parametrize("name", USUAL)

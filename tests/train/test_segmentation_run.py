@@ -18,7 +18,7 @@ SIZE = (32, 48)
 DENSE = Architecture(num_classes=6, fpn_channels=8, head_channels=8, size=SIZE)
 
 
-def run(out, teacher=None, init=None, **keywords):
+def run(out, teacher=None, init=None, dense=DENSE, loss="cross_entropy", **keywords):
     planned = plan(
         **(
             {
@@ -27,7 +27,7 @@ def run(out, teacher=None, init=None, **keywords):
                 "size": SIZE,
                 "budget": None,
                 "sampling_weight": None,
-                "dense": lambda: build_dense(DENSE),
+                "dense": lambda: build_dense(dense),
             }
             | keywords
         )
@@ -47,7 +47,8 @@ def run(out, teacher=None, init=None, **keywords):
     return train_segmentation(
         recipe,
         name="scenes",
-        dense=DENSE,
+        dense=dense,
+        loss=loss,
         planned=planned,
         budget=keywords.get("budget"),
         lr=1e-3,
@@ -81,3 +82,20 @@ def test_a_baseline_is_a_run_like_any_other(tmp_path, method):
         assert stored.sampling.sampler == method
         # Levels are settled on training images; a fixed pattern costs the same on all.
         assert result.get("settled_share", result["share"]) <= 0.85
+
+
+def test_frrn_is_trained_on_its_worst_pixels_and_sampled(tmp_path):
+    dense = Architecture(
+        model="frrn_a",
+        num_classes=6,
+        backbone=None,
+        fpn_channels=None,
+        head_channels=None,
+        channels=4,
+        size=SIZE,
+    )
+    result = run(tmp_path, dense=dense, loss="bootstrapped", budget=0.8)
+    assert result["share"] == pytest.approx(0.8, abs=0.1)
+    stored = read_architecture(tmp_path / "weights.safetensors")
+    assert (stored.model, stored.channels, stored.sampling) == ("frrn_a", 4, Sampling())
+    assert len(result["density"]) == 2 * 23

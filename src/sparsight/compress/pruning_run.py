@@ -298,13 +298,11 @@ class PruningRun:
             hook.remove()
         for name, kept in selected.items():
             insert_select(pruned, name, kept)
-        left = {
-            target.name: PrunedLayer(
-                target.name, _size(target) * target.units, _size(target) * target.units, 0.0, 0.0
-            )
-            for target in targets
-        }
-        return list((left | done).values())
+        layers = []
+        for target in targets:
+            width = _size(target) * target.units
+            layers.append(done.get(target.name, PrunedLayer(target.name, width, width, 0, 0)))
+        return layers
 
     def _collect(
         self, replay: Replay, pruned: nn.Module, fit: TargetFit, todo: list[PruneTarget]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from sparsight.nn.conv_pair import ConvPair
 from sparsight.nn.deform_block import DeformableBlock
 from sparsight.nn.deform_conv import DeformableConv2d
 
@@ -32,6 +33,7 @@ _RESIDUAL_BLOCKS = (
     "torchvision.models.resnet.Bottleneck",
     "sparsight.models.resnet_cifar.BasicBlock",
 )
+_OWN_BLOCKS = (ConvPair, DeformableBlock)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -67,7 +69,7 @@ class Targets:
     Attributes:
         blocks: residual blocks to sample.
         convs: single convolutions to sample.
-        left_dense: residual blocks that the default would take but cannot: (name, reason).
+        left_dense: what the default would take but cannot: (name, reason).
     """
 
     blocks: dict[str, nn.Module]
@@ -84,8 +86,10 @@ def find_targets(model: nn.Module, where: Where | None = None) -> Targets:
             block or a convolution. A container (it holds blocks or convolutions) may be selected
             along with some of its content, as predicates on names do; it is the content that
             counts. Default None: every residual block of torchvision's ResNet, ResNeXt and Wide
-            ResNet, of `sparsight.models.resnet_cifar`, and every
-            :class:`sparsight.nn.DeformableBlock`.
+            ResNet, of `sparsight.models.resnet_cifar`, every
+            :class:`sparsight.nn.DeformableBlock` and :class:`sparsight.nn.ConvPair`, and the
+            convolutions that a module of the model names in ``convs_to_sample()``, a list of names
+            relative to it.
 
     Returns:
         The selected layers. What lies inside a selected block is not listed itself. A module with
@@ -140,23 +144,36 @@ def refuse_wrapped(caller: str, model: nn.Module) -> None:
 
 def _find_default(model: nn.Module) -> Targets:
     blocks: dict[str, nn.Module] = {}
+    convs: dict[str, nn.Conv2d] = {}
     left_dense: list[tuple[str, str]] = []
+    names_of_convs: set[str] = set()
     for name, module in model.named_modules():
-        if block_class(module) is None or _is_inside(name, blocks):
+        # What a module says of its own convolutions: only it knows which of them cost enough.
+        told: Callable[[], list[str]] | None = getattr(module, "convs_to_sample", None)
+        if told is not None:
+            names_of_convs |= {f"{name}.{child}" if name else child for child in told()}
+        if _is_inside(name, blocks):
             continue
-        reason = refuse_block(module)
-        if reason is None:
-            blocks[name] = module
+        if block_class(module) is not None:
+            reason = refuse_block(module)
+            if reason is None:
+                blocks[name] = module
+        elif name in names_of_convs:
+            reason = refuse_conv(module)  # type: ignore[arg-type]  # says so if it is none
+            if reason is None:
+                convs[name] = module  # type: ignore[assignment]
         else:
+            continue
+        if reason is not None:
             left_dense.append((name, reason))
-    if not blocks:
+    if not blocks and not convs:
         raise ConversionError(
             f"sparsify: {type(model).__name__} holds no residual block of a known ResNet "
             "family that can be converted, but the default needs one; select convolutions with "
             "where=lambda name, module: isinstance(module, torch.nn.Conv2d) and ...",
             left_dense,
         )
-    return Targets(blocks, {}, left_dense)
+    return Targets(blocks, convs, left_dense)
 
 
 def _find_where(model: nn.Module, where: Where) -> Targets:
@@ -234,7 +251,7 @@ def block_class(module: nn.Module) -> type | None:
     `sparsight.models`, and a model that holds such a block has imported it already.
     """
     for cls in type(module).__mro__:
-        if cls is DeformableBlock:
+        if cls in _OWN_BLOCKS:
             return cls
         if f"{cls.__module__}.{cls.__name__}" in _RESIDUAL_BLOCKS:
             return cls
@@ -273,7 +290,8 @@ def refuse_block(block: Any) -> str | None:
             return (
                 f"conv{i}: padding is not half the kernel, so that the block's masks would not fit"
             )
-        reason = _refuse_norm(norm)
+        is_absent = cls is ConvPair and type(norm) is nn.Identity
+        reason = None if is_absent else _refuse_norm(norm)
         if reason is not None:
             return f"bn{i}: {reason}"
     if num_convs == 3 and (tuple(block.conv3.kernel_size), tuple(block.conv3.stride)) != (
@@ -319,7 +337,7 @@ def _refuse_deformable(conv: DeformableConv2d, block_kind: type) -> str | None:
 
 
 def _named(cls: type) -> str:
-    if cls is DeformableBlock:
+    if cls in _OWN_BLOCKS:
         return cls.__name__
     owner = "torchvision" if "torchvision" in cls.__module__ else cls.__module__
     return f"{owner}'s {cls.__name__}"

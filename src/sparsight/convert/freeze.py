@@ -14,6 +14,7 @@ from sparsight.convert.choose import Choose, faster_dense, told_forms
 from sparsight.convert.find import ConversionError, has_hooks
 from sparsight.convert.fold import fold_norms, fuse_pools, fuse_relus
 from sparsight.convert.map_dtypes import keep_maps_narrow
+from sparsight.nn.channels_last import put_channels_last
 from sparsight.nn.frozen_block import Form, FrozenBlock, refusal
 from sparsight.nn.frozen_conv import FrozenConv2d, refusal_of_conv, refusal_of_pool
 from sparsight.nn.frozen_gated import FrozenGatedLayer, is_gated, refusal_of_gates
@@ -124,7 +125,7 @@ def freeze(
     }
     frozen, kept = _freeze_sampled(frozen, forms, dtype)
     frozen = _freeze_dense(frozen, kept, example, dtype)
-    frozen = frozen.to(memory_format=torch.channels_last)
+    put_channels_last(frozen)
     if dtype == torch.bfloat16:
         keep_maps_narrow(frozen, example)
     if sources:

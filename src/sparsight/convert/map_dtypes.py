@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsight.nn.frozen_block import FrozenBlock
 from sparsight.nn.frozen_conv import FrozenConv2d
+from sparsight.nn.pooling import AdaptiveSoftPool2d, SoftPool1d, SoftPool2d, SoftPool3d
 
 __all__ = ["keep_maps_narrow"]
 
@@ -29,8 +30,11 @@ _PASSES = {
     _aten.max_pool2d_with_indices,
     _aten.relu,
     _aten.relu_,
+    torch.ops.sparsight.soft_pool,
 }
-_PLAIN = (FrozenConv2d, nn.Sequential, nn.Identity, nn.AvgPool2d)
+# So do these modules, whatever operators they are made of.
+_SOFT_POOLS = (SoftPool1d, SoftPool2d, SoftPool3d, AdaptiveSoftPool2d)
+_PLAIN = (FrozenConv2d, nn.Sequential, nn.Identity, nn.AvgPool2d, *_SOFT_POOLS)
 
 
 def _producers(values: Any) -> set[nn.Module]:
@@ -49,10 +53,22 @@ class _Readers(TorchDispatchMode):
         self.wide: set[nn.Module] = set()
         self.read: set[nn.Module] = set()
         self.tagged: list[weakref.ref[Tensor]] = []
+        self.pooled: list[set[nn.Module]] = []  # what the pooling that runs now reads
 
     def tag(self, tensor: Tensor, made_by: set[nn.Module]) -> None:
         setattr(tensor, _TAG, getattr(tensor, _TAG, set()) | made_by)
         self.tagged.append(weakref.ref(tensor))
+
+    def enter_pool(self, module: nn.Module, args: Any) -> None:
+        """Before a soft pooling: what follows is its own affair."""
+        self.pooled.append(_producers(args))
+
+    def leave_pool(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """After it: who reads its output reads the layers behind its input."""
+        made_by = self.pooled.pop()
+        self.read |= made_by
+        if made_by:
+            self.tag(output, made_by)
 
     def kept(self) -> set[nn.Module]:
         """Layers whose maps somebody still holds after the call."""
@@ -60,6 +76,8 @@ class _Readers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self.pooled:
+            return result
         made_by = _producers((args, kwargs))
         if made_by:
             self.read |= made_by
@@ -68,6 +86,8 @@ class _Readers(TorchDispatchMode):
                 for leaf in pytree.tree_leaves(result):
                     if isinstance(leaf, Tensor):
                         self.tag(leaf, made_by)
+            elif packet is _aten.to and result is args[0]:
+                pass  # a cast to float32, which while one looks changes nothing
             elif not _is_a_frozen_layer_reading(packet, (args, kwargs)):
                 self.wide |= made_by
         return result
@@ -109,6 +129,13 @@ def keep_maps_narrow(model: nn.Module, example: Any) -> list[str]:
         readers.tag(output, {module})
 
     handles = [layer.register_forward_hook(tag) for layer in layers]
+    for module in model.modules():
+        if type(module) in _SOFT_POOLS:
+            # Innermost: what other hooks do with its input and output is looked at.
+            handles += [
+                module.register_forward_pre_hook(readers.enter_pool),
+                module.register_forward_hook(readers.leave_pool, prepend=True),
+            ]
     try:
         with torch.no_grad(), readers:
             returned = model(example)

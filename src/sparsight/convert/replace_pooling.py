@@ -120,8 +120,9 @@ def replace_pooling(
     if not selected:
         raise ConversionError(
             f"replace_pooling: {type(model).__name__} holds no selected module that {kind} pooling "
-            "could replace, but at least one is needed; a functional pooling inside a forward "
-            "(torch.nn.functional.max_pool2d) cannot be replaced: write it as a module first."
+            "could replace, but at least one of another kind is needed; a functional pooling "
+            "inside a forward (torch.nn.functional.max_pool2d) cannot be replaced: write it as a "
+            "module first."
         )
     converted = copy.deepcopy(model)
     replacements: dict[nn.Module, Any] = {}

@@ -25,8 +25,7 @@ class SamplingReport:
 
     Attributes:
         sampled: qualified names of the converted layers.
-        left_dense: (qualified name, reason) of the residual blocks that the default left as they
-            were.
+        left_dense: (qualified name, reason) of what the default would take and left as it was.
     """
 
     sampled: tuple[str, ...]
@@ -72,9 +71,10 @@ def sparsify(
         where: where(qualified name, module) -> bool selects residual blocks of torchvision's ResNet
             family or any plain `Conv2d`; of nested selections the outermost wins. Default None:
             every residual block of torchvision's ResNet, ResNeXt and Wide ResNet, of
-            `sparsight.models.resnet_cifar`, and every :class:`sparsight.nn.DeformableBlock`,
-            wherever it sits; those that cannot be converted are left dense, and the result's repr
-            says so.
+            `sparsight.models.resnet_cifar`, every :class:`sparsight.nn.DeformableBlock` and
+            :class:`sparsight.nn.ConvPair`, wherever it sits, and the convolutions that a module of
+            the model names in ``convs_to_sample()``, as RefineNet's do; those that cannot be
+            converted are left dense, and the result's repr says so.
         layout: which convolutions of a block share a mask, "a", "b" (default, the paper's choice)
             or "c"; see :class:`sparsight.nn.SampledBlock`.
         sampler: called as ``sampler(in_channels, stride=stride)`` once per decision; it returns a

@@ -6,20 +6,31 @@ torchvision only to build a backbone that was asked for by name.
 """
 
 from sparsight.models.faster_rcnn import faster_rcnn
+from sparsight.models.frrn import FRRN, frrn_a, frrn_b
+from sparsight.models.refinenet import RefineNet, light_weight_refinenet, refinenet
 from sparsight.models.resnet_cifar import ResNetCifar, load_resnet_cifar, resnet_cifar
 from sparsight.models.semantic_fpn import SemanticFPN, semantic_fpn
+from sparsight.models.small_c3d import SmallC3D, small_c3d
 from sparsight.models.state_dict import read_state_dict
 from sparsight.models.torchvision_resnet import torchvision_resnet
 from sparsight.models.torchvision_segmentation import torchvision_segmentation
 
 __all__ = [
+    "FRRN",
+    "RefineNet",
     "ResNetCifar",
     "SemanticFPN",
+    "SmallC3D",
     "faster_rcnn",
+    "frrn_a",
+    "frrn_b",
+    "light_weight_refinenet",
     "load_resnet_cifar",
     "read_state_dict",
+    "refinenet",
     "resnet_cifar",
     "semantic_fpn",
+    "small_c3d",
     "torchvision_resnet",
     "torchvision_segmentation",
 ]

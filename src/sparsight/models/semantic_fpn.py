@@ -8,64 +8,13 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Literal, get_args
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsight.models.resnet_stages import ResNetStages, probe_stages
 from sparsight.nn.deform_block import make_stage_deformable
 
 BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnext50_32x4d"]
-
-_STAGES = ("layer1", "layer2", "layer3", "layer4")
-
-
-class ResNetStages(nn.Module):
-    """The four stage outputs of a ResNet, without its pooling and classifier.
-
-    Children keep the names they have in torchvision, so a classification state_dict loads with
-    `strict=False` (only `fc.*` is left over) and `sparsight.sparsify` finds the residual blocks.
-
-    Args:
-        resnet: module with torchvision's attributes `conv1`, `bn1`, `relu`, `maxpool`, `layer1` to
-            `layer4`.
-
-    Raises:
-        ValueError: if one of those attributes is missing.
-    """
-
-    conv1: nn.Conv2d
-    bn1: nn.Module
-    relu: nn.Module
-    maxpool: nn.Module
-
-    def __init__(self, resnet: nn.Module) -> None:
-        super().__init__()
-        names = ("conv1", "bn1", "relu", "maxpool", *_STAGES)
-        missing = [name for name in names if not isinstance(getattr(resnet, name, None), nn.Module)]
-        if missing:
-            raise ValueError(
-                f"semantic_fpn: backbone {type(resnet).__name__} has no {', '.join(missing)}; a "
-                f"ResNet with torchvision's attribute names ({', '.join(names)}) is required; "
-                "rename the attributes or wrap the backbone in a module that has them."
-            )
-        for name in names:
-            self.add_module(name, getattr(resnet, name))
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        """Return the outputs of layer1 to layer4, finest first.
-
-        Args:
-            image: (B, 3, H, W), floating point.
-
-        Returns:
-            Four maps (B, C_i, H_i, W_i).
-        """
-        x = self.maxpool(self.relu(self.bn1(self.conv1(image))))
-        maps = []
-        for name in _STAGES:
-            x = getattr(self, name)(x)
-            maps.append(x)
-        return maps
 
 
 class _ConvNormReLU(nn.Sequential):
@@ -184,6 +133,7 @@ def semantic_fpn(
             backbone that cannot have it.
 
     Example:
+        >>> import torch
         >>> model = semantic_fpn("resnet18", num_classes=11, fpn_channels=64, head_channels=64)
         >>> model.eval()(torch.zeros(1, 3, 64, 96))["out"].shape
         torch.Size([1, 11, 64, 96])
@@ -206,8 +156,8 @@ def semantic_fpn(
         )
     else:
         resnet = backbone
-    stages = ResNetStages(resnet)
-    channels, strides = _probe(stages)
+    stages = ResNetStages(resnet, caller="semantic_fpn")
+    channels, strides = probe_stages(stages)
     return SemanticFPN(
         stages,
         channels=channels,
@@ -246,15 +196,3 @@ def _named_resnet(name: str, *, is_dilated: bool, is_deformable: bool) -> nn.Mod
         for stage in (resnet.layer2, resnet.layer3, resnet.layer4):
             make_stage_deformable(stage)
     return resnet
-
-
-def _probe(stages: ResNetStages) -> tuple[list[int], list[int]]:
-    """Channels and strides of the stages, from one pass of a small image that leaves no trace."""
-    was_training = stages.training
-    weight = next(stages.parameters())  # of the first convolution
-    stages.eval()  # so that the running statistics stay as they are
-    size = 64
-    with torch.no_grad():
-        maps = stages(torch.zeros(1, 3, size, size, dtype=weight.dtype, device=weight.device))
-    stages.train(was_training)
-    return [x.shape[1] for x in maps], [size // x.shape[-1] for x in maps]

@@ -5,6 +5,7 @@ contract, and the decisions they make. May import `sparsight.ops`; no other room
 """
 
 from sparsight.nn.channel_select import ChannelSelect
+from sparsight.nn.conv_pair import ConvPair
 from sparsight.nn.deform_block import DeformableBlock
 from sparsight.nn.deform_conv import DeformableConv2d
 from sparsight.nn.interpolation import (
@@ -31,6 +32,7 @@ __all__ = [
     "AveragePoolInterpolation",
     "ChannelSelect",
     "ConvInterpolation",
+    "ConvPair",
     "DeformableBlock",
     "DeformableConv2d",
     "NearestInterpolation",

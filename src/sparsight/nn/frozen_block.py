@@ -92,7 +92,9 @@ class FrozenBlock(nn.Module):
             raise ValueError(
                 f"FrozenBlock: the layer cannot be frozen because {reason}; keep it unfrozen."
             )
-        self.is_block = isinstance(source, SampledBlock)
+        self.has_shortcut = isinstance(source, SampledBlock) and source.has_shortcut
+        self.is_preactivated = isinstance(source, SampledBlock) and source.is_preactivated
+        is_activated = isinstance(source, SampledBlock) and source.is_activated
         owned = source.samplers_named()
         self._sampler_names = [name for name, _ in owned]
         samplers: list[Any] = [sampler for _, sampler in owned]
@@ -166,7 +168,7 @@ class FrozenBlock(nn.Module):
         if computed == "dense":
             self._packed_masks = 0
             mask_specs, stages = [], [replace(stage, mask=-1) for stage in stages]
-        params, spec = block_ops.pack_block(mask_specs, stages, relu=self.is_block, dtype=dtype)
+        params, spec = block_ops.pack_block(mask_specs, stages, relu=is_activated, dtype=dtype)
         self.register_buffer("params", params)
         self.register_buffer("spec", spec)
         self.samplers = nn.ModuleList(
@@ -237,7 +239,8 @@ class FrozenBlock(nn.Module):
                 if sampler.source is None:
                     drawn = sampler.noise(batch, *mask_sizes[m])
                 else:
-                    made = sampler.source(x.float())
+                    read = x.float()
+                    made = sampler.source(read.relu() if self.is_preactivated else read)
             noise.append(drawn)
             elsewhere.append(made)
             given.append(None if made is None or is_copy else made.mask)
@@ -253,13 +256,15 @@ class FrozenBlock(nn.Module):
                     f"{(batch, 1, *size)} is needed; build the mask at output resolution."
                 )
         features, shortcut = x.to(self.dtype), None
-        if self.is_block and self.downsample is None:
+        if self.has_shortcut and self.downsample is None:
             shortcut = features
-        elif self.is_block:
+        elif self.has_shortcut:
             assert self.downsample is not None
             is_narrow = self.shortcut_dtype == self.dtype
             shortcut = self.downsample(features if is_narrow else x.float())
             shortcut = shortcut.to(self.dtype)
+        if self.is_preactivated:
+            features = features.relu()
         out, masks, logits = block_ops.sampled_block(
             features,
             shortcut,

@@ -51,7 +51,9 @@ class FrozenGatedLayer(nn.Module):
                 f"FrozenGatedLayer: the layer cannot be frozen because {reason}; keep it unfrozen."
             )
         self.dtype = dtype
-        self.is_block = isinstance(source, SampledBlock)
+        self.has_shortcut = isinstance(source, SampledBlock) and source.has_shortcut
+        self.is_preactivated = isinstance(source, SampledBlock) and source.is_preactivated
+        self.is_activated = isinstance(source, SampledBlock) and source.is_activated
         owned = source.samplers_named()
         self._sampler_names = [name for name, _ in owned]
         self.samplers = nn.ModuleList(copy.deepcopy(sampler) for _, sampler in owned)
@@ -114,9 +116,10 @@ class FrozenGatedLayer(nn.Module):
             RuntimeError: a gradient is asked for.
         """
         check_features("FrozenGatedLayer", x, self.shapes[0].in_channels, self.dtype)
-        decisions = [sampler(x.float()) for sampler in self.samplers]
+        read = x.relu() if self.is_preactivated else x
+        decisions = [sampler(read.float()) for sampler in self.samplers]
         sizes = block_ops.block_sizes(self.shapes, (x.shape[2], x.shape[3]))
-        features = x.to(self.dtype)
+        features = read.to(self.dtype)
         last = len(self.shapes) - 1
         for i, (shape, size) in enumerate(zip(self.shapes, sizes, strict=True)):
             decision = decisions[self._decision_of[i]]
@@ -134,12 +137,12 @@ class FrozenGatedLayer(nn.Module):
             )
             if not self._is_pointwise_next(i):
                 features = features.mul_(decision.relaxed[..., ::down, ::right])
-        if not self.is_block:
-            return features
-        shortcut = x.float()
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut).float()
-        return F.relu_(features.add_(shortcut))
+        if self.has_shortcut:
+            shortcut = x.float()
+            if self.downsample is not None:
+                shortcut = self.downsample(shortcut).float()
+            features = features.add_(shortcut)
+        return F.relu_(features) if self.is_activated else features
 
     def _is_pointwise_next(self, i: int) -> bool:
         """Whether conv3 reads convolution i at its own sites: one gate scales the two once."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparsight.nn.conv_pair import ConvPair
 from sparsight.nn.deform_conv import DeformableConv2d
 from sparsight.nn.interpolation import (
     AveragePoolInterpolation,
@@ -55,6 +56,9 @@ class SampledBlock(nn.Module):
     afterwards: it is for training, and it defines the result. `sparsight.freeze` makes the version
     that skips the holes. With masks all true the block equals its source.
 
+    A :class:`ConvPair` is sampled the same way, in its variant: without the shortcut, without the
+    last ReLU, or with one before everything, whose result the masks are decided from.
+
     conv2 may be a :class:`DeformableConv2d`; a guided one makes its offsets of x, as published. It
     may look anywhere, so that every hole of h is filled before it.
 
@@ -63,14 +67,17 @@ class SampledBlock(nn.Module):
             block).
         interpolations: ModuleList, one module per decision.
         layout: "a", "b" or "c".
+        has_shortcut: the input, or what `downsample` makes of it, is added to the branch.
+        is_preactivated: a ReLU comes before the branch; the shortcut does without.
+        is_activated: a ReLU comes last.
 
     The other children (conv1, bn1, conv2, bn2, conv3, bn3, relu, downsample) and `stride` are the
     source's, under its names, so that the state of the source loads.
 
     Args:
         block: residual block with the children and the forward of torchvision's `BasicBlock` or
-            `Bottleneck`, or a :class:`DeformableBlock`. Its children move here, they are not
-            copied.
+            `Bottleneck`, a :class:`DeformableBlock` or a :class:`ConvPair`. Its children move
+            here, they are not copied.
         layout: "a" shares one mask among all convolutions. "b" (default in `sparsify`, the paper's
             choice) has one for conv1 and one for the rest. "c" has one per convolution. In layout a
             the mask has the size of conv1's output; later convolutions of stride s read every s-th
@@ -114,6 +121,10 @@ class SampledBlock(nn.Module):
         self.downsample = cast("nn.Module | None", block.downsample)
         self.stride = block.stride
         self.layout: Layout = layout
+        pair = block if isinstance(block, ConvPair) else None
+        self.has_shortcut = pair is None or pair.has_shortcut
+        self.is_preactivated = pair is not None and pair.is_preactivated
+        self.is_activated = pair is None or pair.is_activated
         self._decision_of = _DECISIONS[layout, num_convs]
 
         convs = self._convs()
@@ -155,14 +166,17 @@ class SampledBlock(nn.Module):
 
         Gradient: to `x`, all parameters, and through the relaxed masks to the samplers.
         """
+        read = x  # by the branch and the samplers
+        if self.is_preactivated and isinstance(x, Tensor):
+            read = torch.relu(x)
         masks = [
-            (sampler(x) if logits is None else sampler(x, logits)).weights
-            for sampler, logits in zip(self.samplers, self._joined_logits(x), strict=True)
+            (sampler(read) if logits is None else sampler(read, logits)).weights
+            for sampler, logits in zip(self.samplers, self._joined_logits(read), strict=True)
         ]
         parts = self.convolutions()
         last = len(parts) - 1
 
-        features = x
+        features = read
         for i, (_, conv, norm, _) in enumerate(parts[:last]):
             features = _convolve(conv, features, x)
             # What stays on sites for the last convolution is filled here where it may be.
@@ -179,8 +193,9 @@ class SampledBlock(nn.Module):
         else:
             branch = self._fill_normalised(last, features, norm, masks, activates=False)
 
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(branch + shortcut)
+        if self.has_shortcut:
+            branch = branch + (x if self.downsample is None else self.downsample(x))
+        return self.relu(branch) if self.is_activated else branch
 
     def _joined_logits(self, x: Tensor) -> list[Tensor | None]:
         """Logits that one convolution makes for several samplers, in training; None elsewhere."""
@@ -302,8 +317,17 @@ class SampledBlock(nn.Module):
         return self._stays_on_sites(last - 1) and commutes
 
     def extra_repr(self) -> str:
-        """The layout, for repr."""
-        return f"layout={self.layout!r}"
+        """The layout, and what is not as in a ResNet's block, for repr."""
+        differs = [
+            name
+            for name, value in (
+                ("has_shortcut=False", not self.has_shortcut),
+                ("is_preactivated=True", self.is_preactivated),
+                ("is_activated=False", not self.is_activated),
+            )
+            if value
+        ]
+        return ", ".join([f"layout={self.layout!r}", *differs])
 
 
 def _convolve(conv: nn.Conv2d, features: Tensor, block_input: Tensor) -> Tensor:

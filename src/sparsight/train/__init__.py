@@ -2,7 +2,8 @@
 
 Enters: a dense model, a data set and a budget. Leaves: a sampled model that keeps to the budget, on
 disk as safetensors with its architecture, and its score. May import: measure, compress, convert,
-models, nn and below. Needs the extra `sparsight[train]`; `pictures` needs `sparsight[report]` too.
+models, nn and below. Needs the extra `sparsight[train]`; `pictures`, and with it `draw_checkpoint`
+and `predict_checkpoint`, needs `sparsight[report]` too.
 """
 
 from sparsight.nn.budget import BudgetController, SamplingPrice, settle_on_budget
@@ -14,6 +15,7 @@ from sparsight.train.annealing import (
 from sparsight.train.architecture import Architecture, DetectorArchitecture
 from sparsight.train.average_precision import AveragePrecision, average_precision
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
+from sparsight.train.dense_inference import DenseInference
 from sparsight.train.detection_task import DetectionTask
 from sparsight.train.distillation import Distillation, load_teacher, shared_flags
 from sparsight.train.evaluate import Score, score
@@ -33,6 +35,7 @@ __all__ = [
     "AveragePrecision",
     "BudgetController",
     "ClassificationScore",
+    "DenseInference",
     "DetectionScore",
     "DetectionTask",
     "DetectorArchitecture",

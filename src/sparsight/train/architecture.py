@@ -4,27 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
 from sparsight.compress import narrow, shapes_of
 from sparsight.models import (
     faster_rcnn,
+    frrn_a,
+    frrn_b,
+    light_weight_refinenet,
+    refinenet,
     resnet_cifar,
     semantic_fpn,
+    small_c3d,
     torchvision_resnet,
     torchvision_segmentation,
 )
+from sparsight.train.pooling import PoolingKind, apply_pooling
 from sparsight.train.sampling import Sampling, apply_sampling
 
-ModelName = Literal["semantic_fpn", "fcn_resnet50", "deeplabv3_resnet50", "resnet", "resnet_cifar"]
-Task = Literal["segmentation", "classification", "detection"]
+SegmentationModel = Literal[
+    "semantic_fpn",
+    "fcn_resnet50",
+    "deeplabv3_resnet50",
+    "frrn_a",
+    "frrn_b",
+    "refinenet",
+    "light_weight_refinenet",
+]
+ModelName = SegmentationModel | Literal["resnet", "resnet_cifar", "small_c3d"]
+Task = Literal["segmentation", "classification", "detection", "video"]
 Backbone = Literal[
     "resnet18",
     "resnet34",
     "resnet50",
+    "resnet101",
+    "resnet152",
     "resnext50_32x4d",
+    "resnet8",
+    "resnet14",
     "resnet20",
     "resnet32",
     "resnet44",
@@ -35,20 +54,27 @@ Backbone = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A model for segmentation or classification.
+    """A model for segmentation, or for classes of whole images or clips.
 
     Attributes:
-        model: "semantic_fpn", or torchvision's "fcn_resnet50" or "deeplabv3_resnet50"; for
-            classes of whole images "resnet", torchvision's, or "resnet_cifar".
+        model: "semantic_fpn", "frrn_a", "frrn_b", "refinenet", "light_weight_refinenet", or
+            torchvision's "fcn_resnet50" or "deeplabv3_resnet50"; for classes of whole images
+            "resnet", torchvision's, or "resnet_cifar"; for those of grey clips "small_c3d".
         num_classes: classes without the ignored one.
-        backbone: ResNet of the semantic FPN, or which ResNet classifies: "resnet20" to "resnet110"
-            are those for CIFAR. None for torchvision's segmentation models.
+        backbone: ResNet of the semantic FPN and of RefineNet, or which ResNet classifies:
+            "resnet20" to "resnet110" are those for CIFAR. None for the other segmentation models
+            and for clips.
         is_dilated: semantic FPN with dilation 2 and 4 in the last stages (bottlenecks only).
         is_deformable: semantic FPN with deformable 3x3 convolutions in stages 2 to 4 (resnet50
             only).
-        fpn_channels: width of the pyramid; None for torchvision's models.
-        head_channels: width of the segmentation branch; None for torchvision's models.
+        fpn_channels: width of the pyramid; None for other models.
+        head_channels: width of the segmentation branch; None for other models.
+        channels: width of FRRN's stem, or of RefineNet's decoder; None for the published one, and
+            for other models.
         size: (height, width) in pixels that the images were resized to.
+        pooling: kind of the poolings, but for the global one; "own" are those that the model was
+            written with. See `apply_pooling`.
+        pools_strides: convolutions that step are followed by such a pooling instead.
         sampling: None for a dense model.
         widths: of a pruned model, the shapes of the tensors that are smaller than those of the full
             model, by name in its dense state_dict; None for full width.
@@ -61,13 +87,18 @@ class Architecture:
     is_deformable: bool = False
     fpn_channels: int | None = 48
     head_channels: int | None = 48
+    channels: int | None = None
     size: tuple[int, int] = (240, 320)
+    pooling: PoolingKind = "own"
+    pools_strides: bool = False
     sampling: Sampling | None = None
     widths: dict[str, list[int]] | None = None
 
     @property
     def task(self) -> Task:
         """What the model is for; the ResNets classify."""
+        if self.model == "small_c3d":
+            return "video"
         return "classification" if self.model in ("resnet", "resnet_cifar") else "segmentation"
 
     def to_json(self) -> dict[str, Any]:
@@ -164,7 +195,7 @@ class DetectorArchitecture:
 
 
 AnyArchitecture = Architecture | DetectorArchitecture
-_ADDED_LATER = {"is_deformable", "widths"}
+_ADDED_LATER = {"is_deformable", "channels", "pooling", "pools_strides", "widths"}
 _LEAST_SIDE = 8  # of an input, in pixels: below, resizing and strides of 32 leave nothing to see
 
 
@@ -219,7 +250,8 @@ def build_dense(architecture: AnyArchitecture) -> nn.Module:
 
     Returns:
         A module (B, 3, H, W) -> {"out": (B, num_classes, H, W)}; one that classifies whole images
-        -> (B, num_classes); torchvision's detector, which takes a list of images.
+        -> (B, num_classes), clips (B, 1, T, H, W); torchvision's detector, which takes a list of
+        images.
     """
     model = _build_full(architecture)
     if architecture.widths is not None:
@@ -252,6 +284,16 @@ def _build_full(architecture: AnyArchitecture) -> nn.Module:
             fpn_channels=architecture.fpn_channels,
             head_channels=architecture.head_channels,
         )
+    return apply_pooling(
+        _build_with_own_pooling(architecture),
+        architecture.pooling,
+        pools_strides=architecture.pools_strides,
+    )
+
+
+def _build_with_own_pooling(architecture: Architecture) -> nn.Module:
+    if architecture.model == "small_c3d":
+        return small_c3d(num_classes=architecture.num_classes)
     if architecture.model == "resnet_cifar":
         depth = int((architecture.backbone or "").removeprefix("resnet"))
         return resnet_cifar(depth, num_classes=architecture.num_classes)
@@ -259,15 +301,23 @@ def _build_full(architecture: AnyArchitecture) -> nn.Module:
         assert architecture.backbone in ("resnet18", "resnet34", "resnet50")
         return torchvision_resnet(architecture.backbone, num_classes=architecture.num_classes)
     if architecture.model == "semantic_fpn":
-        backbone = architecture.backbone
-        assert backbone in ("resnet18", "resnet34", "resnet50", "resnext50_32x4d")
         return semantic_fpn(
-            backbone,
+            cast(Any, architecture.backbone),  # it says which ones it takes
             num_classes=architecture.num_classes,
             is_dilated=architecture.is_dilated,
             is_deformable=architecture.is_deformable,
             fpn_channels=architecture.fpn_channels or 256,
             head_channels=architecture.head_channels or 128,
+        )
+    if architecture.model in ("frrn_a", "frrn_b"):
+        build = frrn_a if architecture.model == "frrn_a" else frrn_b
+        return build(architecture.num_classes, channels=architecture.channels or 48)
+    if architecture.model in ("refinenet", "light_weight_refinenet"):
+        build = refinenet if architecture.model == "refinenet" else light_weight_refinenet
+        return build(
+            architecture.num_classes,
+            backbone=cast(Any, architecture.backbone),
+            channels=architecture.channels or 256,
         )
     return torchvision_segmentation(architecture.model, num_classes=architecture.num_classes)
 

@@ -25,7 +25,7 @@ class ClassificationTask(SampledTask):
     """Trains a classifier, dense or sampled, on (images, classes).
 
     Args:
-        model: (B, 3, H, W) -> (B, K) logits.
+        model: (B, 3, H, W), or clips (B, 1, T, H, W), -> (B, K) logits.
         architecture: as for `SampledTask`.
         **options: the other arguments of `SampledTask`.
 

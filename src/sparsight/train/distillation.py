@@ -13,6 +13,7 @@ from sparsight.compress import CachedTeacher, Distiller, FeatureHints
 from sparsight.compress.distiller import logits_in
 from sparsight.compress.hints import HintMode
 from sparsight.models import load_resnet_cifar
+from sparsight.nn.channels_last import put_channels_last
 from sparsight.train.architecture import AnyArchitecture, DetectorArchitecture
 from sparsight.train.checkpoint import load_checkpoint
 from sparsight.train.hardware import Hardware
@@ -78,7 +79,7 @@ class Distillation:
         if self.teacher is None:
             return None
         teacher = load_teacher(self.teacher, like=like)
-        teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        put_channels_last(teacher)
         pairs = dict(self.features)
         finds_logits: Any = logits_in
         if isinstance(like, DetectorArchitecture):

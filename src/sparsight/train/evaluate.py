@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from sparsight.measure import count_macs
+from sparsight.train.dense_inference import Averaged, Windowed
 from sparsight.train.tally import ComputeTally
 from sparsight.train.tasks import intersection_over_union
 
@@ -30,7 +31,8 @@ class Score:
         density: share of positions computed, per sampler, in the order they run; empty for a dense
             model.
         class_density: share of the positions on a class that are computed, mean over the samplers:
-            what attracts samples. Empty for a dense model.
+            what attracts samples. Empty for a dense model, and where the model sees the image
+            scaled, mirrored or in windows.
     """
 
     miou: float
@@ -68,7 +70,8 @@ def score(
     """Return mIoU, MACs and densities of a dense, sparsified or frozen model.
 
     Args:
-        model: in eval mode; (B, 3, H, W) -> {"out": (B, K, H, W)}.
+        model: in eval mode; (B, 3, H, W) -> {"out": (B, K, H, W)}; also one inside
+            `sparsight.train.dense_inference`.
         batches: (images, class maps); class maps may have another size than the images: the logits
             are resized to them bilinearly, so scores at different image sizes can be compared.
         classes: names of the K classes.
@@ -83,6 +86,7 @@ def score(
         len(classes), ignore_index=ignore_index, validate_args=False
     )
     tally = ComputeTally(model)
+    sees_image = not isinstance(model, Averaged | Windowed)
     computed_on = torch.zeros(len(classes), dtype=torch.float64)
     positions_on = torch.zeros(len(classes), dtype=torch.float64)
     for images, labels in batches:
@@ -90,7 +94,7 @@ def score(
         logits = output["out"].float()
         logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
         confusion.update(logits.argmax(1), labels)
-        for decision in decisions:
+        for decision in decisions if sees_image else ():
             at = F.interpolate(
                 labels[:, None].float(), size=decision.mask.shape[-2:], mode="nearest"
             ).long()
@@ -110,13 +114,20 @@ def score(
         macs_dense=tally.macs_dense,
         macs_total=tally.macs_total,
         share=tally.share,
-        density=tally.density,
+        density={_unwrapped(model, name): value for name, value in tally.density.items()},
         class_density={
             name: float(computed_on[k] / positions_on[k])
             for k, name in enumerate(classes)
             if positions_on[k] > 0
         },
     )
+
+
+def _unwrapped(model: nn.Module, name: str) -> str:
+    """The name of a sampler in the model that was wrapped, if it was."""
+    while isinstance(model, Averaged | Windowed):
+        model, name = model.model, name.removeprefix("model.")
+    return name
 
 
 @torch.inference_mode()

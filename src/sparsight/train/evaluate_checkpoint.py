@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sparsight.convert import freeze
@@ -19,8 +18,10 @@ from sparsight.measure import (
     measure_latency,
 )
 from sparsight.nn import set_seed
+from sparsight.nn.channels_last import put_channels_last
 from sparsight.train.architecture import AnyArchitecture, at_size, build_dense
 from sparsight.train.checkpoint import load_checkpoint
+from sparsight.train.dense_inference import DenseInference
 from sparsight.train.evaluation_data import (
     DatasetName,
     Split,
@@ -32,7 +33,7 @@ from sparsight.train.evaluation_data import (
 def evaluate_checkpoint(
     checkpoint: str | Path,
     *,
-    data: str | Path,
+    data: str | Path | None = None,
     dataset: DatasetName | None = None,
     split: Split = "val",
     size: tuple[int, int] | None = None,
@@ -40,12 +41,13 @@ def evaluate_checkpoint(
     latency: bool = True,
     seeds: int = 1,
     batch_size: int = 8,
+    inference: DenseInference | None = None,
 ) -> dict[str, Any]:
     """Return metric, MACs, their spread over sampling seeds and milliseconds, in plain values.
 
     Args:
         checkpoint: a file that `save_checkpoint` wrote.
-        data: folder of the data set.
+        data: folder of the data set; None for one that is drawn.
         dataset: which; default: what the checkpoint says, see `dataset_of`.
         split: which images.
         size: of the input, see `at_size`; default: that of training.
@@ -53,9 +55,12 @@ def evaluate_checkpoint(
         latency: also measure milliseconds for one image.
         seeds: number of sampling seeds, from 0. A model that draws no noise is scored once.
         batch_size: images scored at once; the noise depends on an image's place in its batch.
+        inference: scales, mirror images and windows of a segmentation model; costs and milliseconds
+            are those of all of them. Default: the image as it is.
 
     Returns:
-        "checkpoint", "dataset", "task", "split", "size", "frozen", "architecture", "environment";
+        "checkpoint", "dataset", "task", "split", "size", "frozen", "architecture", "environment",
+        "inference", the fields of `DenseInference`;
         "metric": the name of the one that models are compared by;
         "seeds": those that were scored;
         "summary": by name of a metric, and for "share" and "macs_total", {"mean", "std", "min",
@@ -79,9 +84,11 @@ def evaluate_checkpoint(
             f"evaluate_checkpoint: batch_size={batch_size}; at least 1 is required; leave "
             "--batch-size out for 8."
         )
+    inference = inference or DenseInference()
     name = dataset_of(checkpoint, dataset)
     model, stored = load_checkpoint(checkpoint)
     model.eval()
+    inference.check_task("evaluate_checkpoint", stored.task)
     architecture = at_size(model, stored, size)
     images = open_evaluation_data(
         name,
@@ -91,7 +98,8 @@ def evaluate_checkpoint(
         size=architecture.size,
     )
     example = images.example()
-    deployed = freeze(model, example=example) if frozen else model
+    part = inference.example(example)
+    deployed = inference.wrap(freeze(model, example=part) if frozen else model)
     scores = []
     for seed in range(seeds):
         if set_seed(deployed, seed) == 0 and seed > 0:
@@ -109,6 +117,7 @@ def evaluate_checkpoint(
         "architecture": stored.to_json(),
         "size": list(architecture.size),
         "frozen": frozen,
+        "inference": inference.to_json(),
         "metric": metric,
         "seeds": list(range(len(scores))),
         "summary": summary,
@@ -127,7 +136,13 @@ def evaluate_checkpoint(
     print(describe(result))
     if latency:
         set_seed(deployed, 0)
-        rows = latency_rows(model, architecture, example, frozen=deployed if frozen else None)
+        rows = latency_rows(
+            model,
+            architecture,
+            example,
+            frozen=deployed if frozen else None,
+            inference=inference,
+        )
         print(rows)
         result["latency"] = dataclasses.asdict(rows)
     return result
@@ -173,6 +188,7 @@ def latency_rows(
     example: Any,
     *,
     frozen: nn.Module | None = None,
+    inference: DenseInference | None = None,
 ) -> LatencyComparison:
     """Measure a model frozen against its dense form, with the same weights, in turns.
 
@@ -180,7 +196,8 @@ def latency_rows(
         model: in eval mode, dense or sampled.
         architecture: what it is, at the size of its input.
         example: one image, as the model takes it.
-        frozen: `model` frozen, if that was done already.
+        frozen: `model` frozen and wrapped by `inference`, if that was done already.
+        inference: see `evaluate_checkpoint`; each of the forms runs like that.
 
     Returns:
         Rows "dense, eager channels-last", "dense, frozen" and, of a sampled model, "sampled,
@@ -189,11 +206,15 @@ def latency_rows(
     dense = build_dense(dataclasses.replace(architecture, sampling=None)).eval()
     own = dense.state_dict()  # what a detector's heads cost depends on what is found
     dense.load_state_dict({key: value for key, value in model.state_dict().items() if key in own})
-    frozen = freeze(model, example=example) if frozen is None else frozen
-    candidates = {"dense, eager channels-last": dense.to(memory_format=torch.channels_last)}
+    inference = inference or DenseInference()
+    part = inference.example(example)
+    if frozen is None:
+        frozen = inference.wrap(freeze(model, example=part))
+    put_channels_last(dense)
+    candidates = {"dense, eager channels-last": inference.wrap(dense)}
     if architecture.sampling is None:
         candidates["dense, frozen"] = frozen
     else:
-        candidates["dense, frozen"] = freeze(dense, example=example)
+        candidates["dense, frozen"] = inference.wrap(freeze(dense, example=part))
         candidates["sampled, frozen"] = frozen
     return measure_latency({name: (lambda m=m: m(example)) for name, m in candidates.items()})

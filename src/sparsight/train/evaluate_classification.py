@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsight.nn.channels_last import channels_last
 from sparsight.train.classification_task import top_k_accuracies
 from sparsight.train.tally import ComputeTally
 
@@ -57,7 +58,7 @@ def score_classification(
     """Return accuracy, MACs and densities of a dense, sparsified or frozen classifier.
 
     Args:
-        model: in eval mode; (B, 3, H, W) -> (B, K).
+        model: in eval mode; (B, 3, H, W), or clips (B, 1, T, H, W), -> (B, K).
         batches: (images, classes).
         num_classes: number of classes K.
 
@@ -69,7 +70,7 @@ def score_classification(
     accuracies = top_k_accuracies(num_classes)
     tally = ComputeTally(model)
     for images, labels in batches:
-        output, _, _ = tally.run(images.contiguous(memory_format=torch.channels_last))
+        output, _, _ = tally.run(channels_last(images))
         for metric in accuracies.values():
             metric.update(output.float(), labels)  # type: ignore[operator]  # a ModuleDict of metrics
     tally.check("score_classification")

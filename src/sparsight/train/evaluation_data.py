@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
+from sparsight.nn.channels_last import channels_last
 from sparsight.train.architecture import AnyArchitecture, Task
 from sparsight.train.checkpoint import read_architecture, read_dataset
 from sparsight.train.data import (
@@ -19,8 +19,10 @@ from sparsight.train.data import (
     Cityscapes,
     Coco,
     ImageFolders,
+    MovingShapes,
     SeededView,
     cifar10_evaluation_transform,
+    clip_transform,
     collate_detection,
     detection_transform,
     evaluation_transform,
@@ -30,7 +32,7 @@ from sparsight.train.evaluate import Score, score
 from sparsight.train.evaluate_classification import ClassificationScore, score_classification
 from sparsight.train.evaluate_detection import DetectionScore, score_detector
 
-DatasetName = Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco"]
+DatasetName = Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco", "moving_shapes"]
 Split = Literal["train", "val"]
 
 _TASK_OF: dict[DatasetName, Task] = {
@@ -39,6 +41,7 @@ _TASK_OF: dict[DatasetName, Task] = {
     "cifar10": "classification",
     "imagenet": "classification",
     "coco": "detection",
+    "moving_shapes": "video",
 }
 
 
@@ -48,7 +51,7 @@ def dataset_of(checkpoint: str | Path, asked: DatasetName | None = None) -> Data
     What is asked for counts; without it what the checkpoint says of its training; and for
     checkpoints that say nothing, what follows from the architecture: a detector is of COCO, a
     ResNet for 32x32 images of CIFAR-10, torchvision's ResNet of ImageNet, a segmentation model with
-    11 classes of CamVid and with 19 of Cityscapes.
+    11 classes of CamVid and with 19 of Cityscapes, one for clips of the moving shapes.
 
     Args:
         checkpoint: a file that `save_checkpoint` wrote.
@@ -76,6 +79,8 @@ def dataset_of(checkpoint: str | Path, asked: DatasetName | None = None) -> Data
 def _usual(architecture: AnyArchitecture) -> DatasetName | None:
     if architecture.task == "detection":
         return "coco"
+    if architecture.task == "video":
+        return "moving_shapes"
     if architecture.task == "classification":
         return "cifar10" if architecture.model == "resnet_cifar" else "imagenet"
     by_classes: dict[int, DatasetName] = {11: "camvid", 19: "cityscapes"}
@@ -84,7 +89,7 @@ def _usual(architecture: AnyArchitecture) -> DatasetName | None:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """A split of a data set, unaugmented, as the models of its task take it.
+    """A split of a data set, unaugmented, as the models of its task take it; a clip is an image.
 
     Attributes:
         name: of the data set.
@@ -115,7 +120,7 @@ class EvaluationData:
         return DataLoader(self.view, batch_size=batch_size, collate_fn=collate_fn)
 
     def example(self, index: int = 0) -> Tensor | list[Tensor]:
-        """Return one image as the model takes it: (1, 3, H, W) channels-last; in a list to detect.
+        """Return one image as the model takes it: a batch, channels-last; in a list to detect.
 
         Raises:
             ValueError: there is no such image.
@@ -128,12 +133,14 @@ class EvaluationData:
         image = self.view[index][0]
         if self.task == "detection":
             return [image]
-        return image[None].contiguous(memory_format=torch.channels_last)
+        return channels_last(image[None])
 
     def title(self, index: int) -> str:
         """Return a name of an image that can be a file's."""
         if self.name == "cifar10":
             return f"image{index}"
+        if self.name == "moving_shapes":
+            return f"clip{index}"
         if self.name == "coco":
             return Path(self.source.file_names[index]).stem
         path: Path = self.source.items[index][0]
@@ -147,7 +154,7 @@ class EvaluationData:
         batches = self.batches(batch_size)
         if self.task == "detection":
             return score_detector(model, batches, data=self.source)
-        if self.task == "classification":
+        if self.task in ("classification", "video"):
             return score_classification(model, batches, num_classes=len(self.classes))
         return score(
             model, batches, classes=self.source.classes, ignore_index=self.source.ignore_index
@@ -174,7 +181,7 @@ _COLLATING: dict[Task, Callable[[list[Any]], Any]] = {
 
 def open_evaluation_data(
     name: DatasetName,
-    root: str | Path,
+    root: str | Path | None,
     *,
     split: Split,
     num_classes: int,
@@ -184,7 +191,8 @@ def open_evaluation_data(
 
     Args:
         name: of the data set.
-        root: its folder, in the layout that its reader in `sparsight.train.data` describes.
+        root: its folder, in the layout that its reader in `sparsight.train.data` describes; None
+            for moving_shapes, which are drawn.
         split: "train", or "val", which is CIFAR-10's test set.
         num_classes: of the model; a detector's with the background.
         size: height and width in pixels that images are brought to; of detectors, which resize
@@ -193,15 +201,22 @@ def open_evaluation_data(
     Raises:
         FileNotFoundError: a folder or file is missing; says which layout is expected and where to
             obtain the data.
-        ValueError: an unknown name, another number of classes, or a size that the data set does not
-            come in.
+        ValueError: an unknown name, no folder, another number of classes, or a size that the data
+            set does not come in.
     """
-    if name == "coco":
+    if name == "moving_shapes":
+        source, transform = MovingShapes(split, size=size), clip_transform()
+    elif root is None:
+        raise ValueError(
+            f"open_evaluation_data: no folder was given for {name}; the one that holds its images "
+            "is required; pass --data DIR."
+        )
+    elif name == "coco":
         source = Coco(root, f"{split}2017", num_classes=num_classes)
         return EvaluationData(
             name, source, SeededView(source, detection_transform(is_training=False))
         )
-    if name == "cifar10":
+    elif name == "cifar10":
         if tuple(size) != (32, 32):
             raise ValueError(
                 f"open_evaluation_data: size={size[0]}x{size[1]} for CIFAR-10; 32x32 is required: "
@@ -221,8 +236,9 @@ def open_evaluation_data(
             "is required."
         )
     if len(source.classes) != num_classes:
+        of = "" if root is None else f" in {str(root)!r}"
         raise ValueError(
-            f"open_evaluation_data: {name} in {str(root)!r} has {len(source.classes)} classes, the "
+            f"open_evaluation_data: {name}{of} has {len(source.classes)} classes, the "
             f"checkpoint {num_classes}; equal numbers are required; pass --data with the images "
             "that it was trained on, and --dataset if they are of another data set."
         )

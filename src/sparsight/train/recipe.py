@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from sparsight.nn.channels_last import put_channels_last
 from sparsight.train.annealing import TemperatureAnnealing
 from sparsight.train.checkpoint import AtomicCheckpointIO
 from sparsight.train.data.augment import (
@@ -129,7 +130,7 @@ class Recipe:
                 activations are to be recomputed in a model without residual blocks.
         """
         self._check_num_images()
-        task.model.to(memory_format=torch.channels_last)
+        put_channels_last(task.model)
         state = ModelCheckpoint(
             dirpath=self.out,
             filename=_STATE_NAME,

@@ -22,6 +22,7 @@ from sparsight.nn.budget import (
     sampler_levels,
     share_pull,
 )
+from sparsight.nn.channels_last import channels_last
 from sparsight.train.annealing import warmup_cosine
 from sparsight.train.architecture import AnyArchitecture
 from sparsight.train.processes import is_distributed, reduce_over_processes
@@ -107,7 +108,7 @@ class SampledTask(L.LightningModule, ABC):
 
     def inputs_of(self, batch: Any) -> Any:
         """Return what the model takes: here the batch's first element, channels-last."""
-        return batch[0].contiguous(memory_format=torch.channels_last)
+        return channels_last(batch[0])
 
     def num_images(self, batch: Any) -> int:
         """Return how many images a batch holds."""

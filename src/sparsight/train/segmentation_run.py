@@ -14,6 +14,7 @@ from sparsight.train.distillation import Distillation
 from sparsight.train.evaluate import score
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import Plan
+from sparsight.train.segmentation_choices import Loss, pixel_loss
 from sparsight.train.settling import settle
 from sparsight.train.tasks import SegmentationTask
 
@@ -30,6 +31,7 @@ def train_segmentation(
     lr: float,
     init: str | None = None,
     distillation: Distillation | None = None,
+    loss: Loss = "cross_entropy",
     resume: bool = False,
     details: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -46,6 +48,8 @@ def train_segmentation(
         init: checkpoint to start from.
         distillation: whom the network learns from beside the annotations, and how; None for those
             alone.
+        loss: over the pixels: "cross_entropy", or "bootstrapped", of the worst sixteenth of each
+            image.
         resume: go on from the recipe's folder.
         details: further entries of the result.
 
@@ -69,6 +73,7 @@ def train_segmentation(
         network,
         architecture,
         ignore_index=data.ignore_index,
+        pixel_loss=pixel_loss(loss, ignore_index=data.ignore_index),
         objective=planned.objective,
         lr=lr,
         distiller=distiller,

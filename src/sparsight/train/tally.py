@@ -44,9 +44,14 @@ class ComputeTally:
         with record_sampling(self.model) if self._is_sampled else nullcontext() as record:
             output = self.model(images)
         decisions = record.decisions if record else []
+        sites: dict[str, list[int]] = {}  # computed, and there, over all calls of a sampler
         for decision in decisions:
-            computed = float(decision.mask.float().mean()) * len(images)
-            self._computed[decision.name] = self._computed.get(decision.name, 0.0) + computed
+            counts = sites.setdefault(decision.name, [0, 0])
+            counts[0] += int(decision.mask.sum())
+            counts[1] += decision.mask.numel()
+        for name, (computed, there) in sites.items():
+            share = computed / there * len(images)
+            self._computed[name] = self._computed.get(name, 0.0) + share
         counted = count_macs(self.model, images)
         self._dense += counted.dense
         self._total += counted.total

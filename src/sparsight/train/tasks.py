@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class SegmentationTask(SampledTask):
         model: (B, 3, H, W) -> {"out": (B, K, H, W) logits}.
         architecture: as for `SampledTask`.
         ignore_index: label of the pixels that do not count.
+        pixel_loss: (logits, class maps) -> scalar, the mean over the batch, instead of the
+            cross-entropy over its pixels; None for that.
         **options: the other arguments of `SampledTask`.
 
     Logs `val_miou` beside what `SampledTask` logs.
@@ -48,25 +51,30 @@ class SegmentationTask(SampledTask):
         architecture: Architecture,
         *,
         ignore_index: int,
+        pixel_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, architecture, **options)
+        self.pixel_loss = pixel_loss
         self.ignore_index = ignore_index
         self.confusion = MulticlassConfusionMatrix(
             architecture.num_classes, ignore_index=ignore_index, validate_args=False
         )
 
     def task_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the cross-entropy over the pixels that count; with a distiller, its loss.
+        """Return the loss over the pixels that count; with a distiller, its loss.
 
         The teacher's part is over all pixels: it has something to say about the void ones too.
         """
         images = self.inputs_of(batch)
         with self.recording() as features:
             logits = self.model(images)["out"].float()
-        loss = F.cross_entropy(
-            logits, batch[1], ignore_index=self.ignore_index, reduction="sum"
-        ) / self._mean_num_pixels(batch[1])
+        if self.pixel_loss is None:
+            loss = F.cross_entropy(
+                logits, batch[1], ignore_index=self.ignore_index, reduction="sum"
+            ) / self._mean_num_pixels(batch[1])
+        else:
+            loss = self.pixel_loss(logits, batch[1])
         if self.distiller is None:
             return loss
         return self.distiller.loss(images, logits, features=features, hard_loss=loss)

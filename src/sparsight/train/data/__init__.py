@@ -1,4 +1,4 @@
-"""Images and annotations as datasets: CamVid, Cityscapes, CIFAR-10, ImageNet, COCO, drawn scenes.
+"""Images and clips with annotations: CamVid, Cityscapes, CIFAR-10, ImageNet, COCO, drawn ones.
 
 Enters: a folder or a seed. Leaves: pairs of an image, as torchvision's tv_tensor, and a class map,
 a class or a detector's target. A training item is a pure function of (seed, epoch, index), so an
@@ -9,9 +9,11 @@ numpy, PIL.
 from sparsight.train.data.augment import (
     EpochSampler,
     SeededView,
+    Transform,
     evaluation_transform,
     training_transform,
 )
+from sparsight.train.data.augment_frrn import frrn_transform
 from sparsight.train.data.boxes import collate_detection, detection_transform
 from sparsight.train.data.camvid import CamVid
 from sparsight.train.data.cifar10 import (
@@ -26,6 +28,7 @@ from sparsight.train.data.imagenet import (
     imagenet_evaluation_transform,
     imagenet_training_transform,
 )
+from sparsight.train.data.moving_shapes import MovingShapes, clip_transform
 from sparsight.train.data.synthetic import SyntheticScenes
 from sparsight.train.data.synthetic_classes import SyntheticClasses
 from sparsight.train.data.synthetic_coco import write_synthetic_coco
@@ -37,14 +40,18 @@ __all__ = [
     "Coco",
     "EpochSampler",
     "ImageFolders",
+    "MovingShapes",
     "SeededView",
     "SyntheticClasses",
     "SyntheticScenes",
+    "Transform",
     "cifar10_evaluation_transform",
     "cifar10_training_transform",
+    "clip_transform",
     "collate_detection",
     "detection_transform",
     "evaluation_transform",
+    "frrn_transform",
     "imagenet_evaluation_transform",
     "imagenet_training_transform",
     "training_transform",
