@@ -63,7 +63,9 @@ def test_close_to_the_best_of_all_widths(share):
 
 def test_a_dear_step_is_passed_over_for_what_lies_behind_it():
     layers = [LayerCost(1, out=[("a", 1)], fixed_in=1)]
-    assert spread_widths(layers, {"a": {1: 0.2, 3: 0.19, 4: 0.0}}, max_cost=3) == {"a": 1}
+    damage = {"a": {1: 0.2, 3: 0.19, 4: 0.0}}
+    assert spread_widths(layers, damage, max_cost=2) == {"a": 1}
+    assert spread_widths(layers, damage, max_cost=3) == {"a": 3}, "what was too much is given back"
 
 
 def test_out_of_reach_is_none():

@@ -4,7 +4,8 @@ Enters: a trained network; for distillation its student too. Leaves: ordinary de
 fewer channels, ready for `sparsight.sparsify` and `sparsight.freeze`; losses, modules and files
 with which any training loop teaches a student. May import: nn and below. Torch-Pruning, which finds
 the groups of channels, and safetensors, for a teacher's outputs kept on disk, are imported when
-they are used: the extra `sparsight[compress]` brings the first, `sparsight[train]` the second.
+they are used: the extra `sparsight[compress]` brings the first, and scikit-learn for LASSO,
+`sparsight[train]` the second.
 """
 
 from sparsight.compress.cached_teacher import CachedTeacher

@@ -68,7 +68,8 @@ def spread_widths(
 
     Greedy: from full width, always the step that costs the least damage for each multiply-add it
     saves at the widths so far, however long the step; at the end the marginal damage for a
-    multiply-add is about the same everywhere.
+    multiply-add is about the same everywhere. What the last step saved beyond the goal is given
+    back where it undoes the most damage.
 
     Args:
         layers: what costs.
@@ -101,4 +102,26 @@ def spread_widths(
         _, name, width, saved = best
         widths[name] = width
         cost -= saved
+    _give_back(layers, damage, widths, max_cost)
     return widths
+
+
+def _give_back(
+    layers: Sequence[LayerCost],
+    damage: Mapping[str, Mapping[int, float]],
+    widths: dict[str, int],
+    max_cost: float,
+) -> None:
+    """Spend what the last, long step saved too much where it undoes the most damage."""
+    while True:
+        best: tuple[float, str, int] | None = None
+        for name, curve in damage.items():
+            for width, value in curve.items():
+                gain = curve[widths[name]] - value
+                if width <= widths[name] or (best is not None and gain <= best[0]):
+                    continue
+                if count_cost(layers, {**widths, name: width}) <= max_cost:
+                    best = gain, name, width
+        if best is None:
+            return
+        _, name, widths[name] = best
