@@ -46,7 +46,7 @@ from sparsight.measure import Latency, count_macs
 from sparsight.models import load_resnet_cifar, resnet_cifar
 
 SPEEDUPS = (1.5, 2.0, 4.0)
-NUM_SAMPLED_IMAGES = 512
+NUM_SAMPLED_IMAGES = 1024
 IMPORTANCES = {"L1": "l1", "L2": "l2", "FPGM": "geometric_median", "norm": "batch_norm"}
 
 
