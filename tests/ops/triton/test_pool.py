@@ -15,13 +15,11 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsight.ops import pool as door
 from sparsight.ops import pool_reference as reference
@@ -29,7 +27,6 @@ from sparsight.ops import soft_pool1d, soft_pool2d, soft_pool3d
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with torch's CUDA wheels")
 
-from sparsight.ops.triton import missing_for
 from sparsight.ops.triton import pool as kernels
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -102,7 +99,7 @@ def test_every_law_holds_in_the_interpreter():
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
     # Every law, and nothing but what is for outside was skipped.
     passed = re.search(r"(\d+) passed", ran.stdout)
-    assert passed is not None and int(passed[1]) >= 40, ran.stdout
+    assert passed is not None and int(passed[1]) >= 66, ran.stdout
     skipped = [line for line in ran.stdout.splitlines() if line.startswith("SKIPPED")]
     assert all("laws only" in line or "no CUDA device" in line for line in skipped), skipped
 
@@ -423,61 +420,6 @@ def test_which_offsets_need_int64():
     # Few elements, far apart; many, all the same.
     assert kernels._is_int64(torch.empty_strided((2, 2), (2**31, 1), device="meta"))
     assert kernels._is_int64(torch.empty(1, device="meta").expand(2**31))
-
-
-@outside_only
-def test_without_triton_plain_torch_runs_and_says_so_once(draw, monkeypatch):
-    monkeypatch.setattr(door, "missing_for", lambda x: "triton is not installed")
-    monkeypatch.setattr(door, "_warned", set())
-    numbers = numbers_of("3 overlapping", 2)
-    x = draw(7).normal(2, 3, 8, 8).half().contiguous(memory_format=torch.channels_last)
-    with pytest.warns(UserWarning, match="soft_pool: triton is not installed; plain torch"):
-        y = door._pool_cuda(x, *numbers, False)
-    truth = reference.soft_pool(x.double(), *numbers)
-    assert (y.dtype, y.stride()) == (x.dtype, F.max_pool2d(x, *numbers).stride())
-    torch.testing.assert_close(y.double(), truth, rtol=2**-10, atol=1e-4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sent = door._backward_cuda(torch.ones_like(y), x, *numbers, False)
-    truth = reference.soft_pool_backward(torch.ones_like(truth), x.double(), *numbers, False)
-    assert (sent.dtype, sent.stride()) == (x.dtype, x.stride())
-    torch.testing.assert_close(sent.double(), truth, rtol=2**-10, atol=1e-4)
-
-
-@outside_only
-def test_what_the_kernels_need(monkeypatch):
-    import sparsight.ops.triton as room
-
-    x = torch.empty(1)
-    for capability, dtype, words in (
-        ((9, 0), torch.bfloat16, None),
-        ((7, 0), torch.float16, None),
-        ((7, 5), torch.bfloat16, r"capability is 7.5, and Triton needs 8.0 for torch.bfloat16"),
-        ((6, 1), torch.float32, r"capability is 6.1, and Triton needs 7.0 for torch.float32"),
-        ((9, 0), torch.float8_e5m2, "no kernels for torch.float8_e5m2"),
-    ):
-        monkeypatch.setattr(room, "_capability", {x.device: capability})
-        reason = missing_for(x.to(dtype))
-        assert reason is None if words is None else words in str(reason)
-    monkeypatch.setattr(room, "_is_installed", None)
-    monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
-    assert missing_for(x) == "triton is not installed"
-
-
-@outside_only
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_traced_program_passes_cuda_maps_on_as_they_are(dtype):
-    """Also where it is traced without a GPU: nothing of the graph depends on one."""
-    numbers = numbers_of("3 overlapping", 2)
-    with FakeTensorMode():
-        x = torch.empty(2, 4, 9, 8, dtype=dtype, device="cuda")
-        x = x.contiguous(memory_format=torch.channels_last)
-        y = soft_pool2d(x, 3, stride=2, padding=1)
-        # Not through autograd, which wants a device.
-        sent = torch.ops.sparsight.soft_pool_backward(y, x, *numbers, False)
-    assert (y.shape, y.dtype, y.device.type) == ((2, 4, 5, 4), dtype, "cuda")
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert (sent.shape, sent.dtype, sent.stride()) == (x.shape, dtype, x.stride())
 
 
 class AbsentGpu:
