@@ -10,7 +10,6 @@ from sparsight.nn.budget import BudgetController, SamplingPrice
 from sparsight.train.architecture import Architecture
 from sparsight.train.sampled_task import (
     SampledTask,
-    evaluating,
     gate_parameters,
     parameter_groups,
 )
@@ -133,12 +132,3 @@ def test_frozen_parameters_are_in_no_group():
     groups = parameter_groups(model, lr=1.0, scalar_lr_factor=10.0, weight_decay=0.1)
     assert [len(group["params"]) for group in groups] == [1, 1]
     assert groups[1]["lr"] == 10.0
-
-
-def test_after_evaluating_every_module_has_its_own_mode_again():
-    model = nn.Sequential(nn.BatchNorm2d(1), nn.BatchNorm2d(1)).train()
-    model[1].eval()
-    with pytest.raises(KeyError), evaluating(model):
-        assert not any(module.training for module in model.modules())
-        raise KeyError
-    assert [module.training for module in model.modules()] == [True, True, False]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from sparsight.compress.image_batches import read_batches
 from sparsight.compress.layer_widths import candidate_widths, count_cost
 from sparsight.compress.prune_targets import PruneTarget, layer_costs
 from sparsight.compress.pruning_run import PruningReport, PruningRun
+from sparsight.nn.evaluating import evaluating
 
 __all__ = ["prune_channels"]
 
@@ -118,7 +118,7 @@ def prune_channels(
     batches = read_batches(images, batch_size)
     if num_positions is None:
         num_positions = min(100, max(10, -(-50_000 // sum(len(batch) for batch in batches))))
-    with _eval_mode(model):
+    with evaluating(model):
         pruned: Any = copy.deepcopy(model)
         run = PruningRun(
             model,
@@ -272,15 +272,3 @@ def _check_arguments(
                 f"prune_channels: {name} is {value}; an integer from 1 is required; leave it out "
                 "for the default."
             )
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """All of a model in eval mode, until it is put back as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from sparsight.compress.filter_importance import (
 )
 from sparsight.compress.narrow import is_grouped
 from sparsight.compress.run_model import call_with, has_channels, hooked
+from sparsight.nn.evaluating import evaluating
 
 __all__ = ["fitting_ratio", "prune_filters", "remove_zero_filters"]
 
@@ -183,7 +183,7 @@ def _without(model: nn.Module, example: Any, groups: list[ChannelGroup], kept: K
                 units = group.of(name, "in").units
                 removed.setdefault(name, []).extend(i for unit in gone for i in units[unit])
     if removed:
-        with _evaluating(smaller):
+        with evaluating(smaller):
             left = fold_constants(smaller, example, removed)
         if left:
             names = ", ".join(f"{name} ({count})" for name, count in left)
@@ -194,17 +194,6 @@ def _without(model: nn.Module, example: Any, groups: list[ChannelGroup], kept: K
             )
     keep_all_channels(smaller, [(group, kept[group.name]) for group in groups])
     return smaller
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _check_arguments(
@@ -403,7 +392,7 @@ class _Costs:
 
             return hook
 
-        with torch.no_grad(), _evaluating(model), hooked(model, has_channels, observe):
+        with torch.no_grad(), evaluating(model), hooked(model, has_channels, observe):
             call_with(model, example)
         self.full = self._sum({}, {})
 

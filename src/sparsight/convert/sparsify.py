@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from sparsight.convert.find import ConversionError, Where, find_targets
+from sparsight.nn.evaluating import evaluating
 from sparsight.nn.interpolation import RBFInterpolation
 from sparsight.nn.sampled_block import Layout, SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
@@ -211,14 +212,8 @@ def _annotate(module: Any, text: str) -> None:
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """All of a model in eval mode and without gradients, until it is put back as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        yield
 
 
 def _fill_mask(module: nn.Module, args: Any, decision: SamplingDecision) -> SamplingDecision:

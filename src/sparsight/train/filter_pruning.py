@@ -16,7 +16,7 @@ from sparsight.compress import (
     weakest_filters,
 )
 from sparsight.compress.filter_importance import filters_of
-from sparsight.train.sampled_task import evaluating
+from sparsight.nn.evaluating import evaluating
 
 Where = Callable[[str, nn.Module], bool]
 FilterMethod = Literal["sfp", "fpgm"]

@@ -23,6 +23,7 @@ from sparsight.nn.budget import (
     share_pull,
 )
 from sparsight.nn.channels_last import channels_last
+from sparsight.nn.evaluating import evaluating
 from sparsight.train.annealing import warmup_cosine
 from sparsight.train.architecture import AnyArchitecture
 from sparsight.train.processes import is_distributed, reduce_over_processes
@@ -283,18 +284,6 @@ class SampledTask(L.LightningModule, ABC):
                 "equal architectures are required; repeat the flags of the interrupted run, or "
                 "start anew with another --out."
             )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set `model` to eval mode for a `with` block, then every module back to its own mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
