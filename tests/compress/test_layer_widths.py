@@ -3,11 +3,13 @@
 import itertools
 
 import pytest
+from torch import nn
 
 from sparsight.compress.layer_widths import (
     LayerCost,
     candidate_widths,
     count_cost,
+    full_cost,
     spread_widths,
 )
 
@@ -71,3 +73,15 @@ def test_a_dear_step_is_passed_over_for_what_lies_behind_it():
 def test_out_of_reach_is_none():
     layers = [LayerCost(1, out=[("a", 1)], fixed_in=1)]
     assert spread_widths(layers, {"a": {2: 0.1, 4: 0.0}}, max_cost=1) is None
+
+
+@pytest.mark.parametrize(
+    ("layer", "per_position"),
+    [
+        (nn.Linear(6, 4), 24),
+        (nn.Conv2d(6, 4, (3, 2), groups=2), 3 * 2 * 3 * 4),
+        (nn.ConvTranspose2d(6, 4, 2, groups=2), 2 * 2 * 3 * 4),
+    ],
+)
+def test_a_layer_at_full_width(layer, per_position):
+    assert full_cost(layer, 5).at({}) == 5 * per_position

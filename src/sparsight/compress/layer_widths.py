@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["LayerCost", "candidate_widths", "count_cost", "spread_widths"]
+from torch import nn
+
+__all__ = ["LayerCost", "candidate_widths", "count_cost", "full_cost", "spread_widths"]
 
 
 @dataclass
@@ -32,6 +35,22 @@ class LayerCost:
         out = self.fixed_out + sum(widths[name] * size for name, size in self.out)
         inputs = self.fixed_in + sum(widths[name] * size for name, size in self.inputs)
         return self.scale * out * inputs
+
+
+def full_cost(layer: Any, positions: int) -> LayerCost:
+    """Return the cost of a convolution or a linear layer none of whose channels is in a group.
+
+    Args:
+        layer: the module.
+        positions: at which it multiplies in all calls; see `LayerUse`.
+    """
+    if isinstance(layer, nn.Linear):
+        return LayerCost(positions, fixed_out=layer.out_features, fixed_in=layer.in_features)
+    return LayerCost(
+        positions * layer.weight[0, 0].numel(),
+        fixed_out=layer.out_channels,
+        fixed_in=layer.in_channels // layer.groups,
+    )
 
 
 def count_cost(layers: Sequence[LayerCost], widths: Mapping[str, int]) -> float:

@@ -20,6 +20,7 @@ from sparsight.compress.filter_importance import (
     filters_of,
     group_importance,
 )
+from sparsight.compress.layer_widths import LayerCost, count_cost, full_cost
 from sparsight.compress.narrow import is_grouped
 from sparsight.compress.run_model import call_with, has_channels, hooked
 from sparsight.nn.evaluating import evaluating
@@ -343,11 +344,12 @@ def _keep_for(
     round_to: int,
 ) -> tuple[float, Kept]:
     """Search the smallest ratio that saves enough; counts fall in steps as it grows."""
-    costs = _Costs(model, example, groups)
+    costs = _layer_costs(model, example, groups)
+    full = count_cost(costs, {group.name: group.channels for group in groups})
 
     def gain(ratio: float) -> tuple[float, Kept]:
         kept = _keep_at(ratio, groups, ranks, scope, round_to)
-        return costs.full / costs.at(kept), kept
+        return full / count_cost(costs, {name: len(units) for name, units in kept.items()}), kept
 
     low, high = 0.0, 1.0 - 1e-6
     if speedup == 1:
@@ -369,55 +371,35 @@ def _keep_for(
     return high, kept
 
 
-class _Costs:
-    """Multiply-adds of the model's convolutions and linear layers as a function of widths."""
+def _layer_costs(model: nn.Module, example: Any, groups: list[ChannelGroup]) -> list[LayerCost]:
+    """Return the multiply-adds of all layers that run, as functions of the groups' widths."""
+    positions: dict[str, int] = {}
 
-    def __init__(self, model: nn.Module, example: Any, groups: list[ChannelGroup]) -> None:
-        self.groups = groups
-        self.positions: dict[str, int] = {}
-        self.layers: dict[str, Any] = {}
+    def observe(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Tensor) -> None:
+            out = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            # A transposed convolution multiplies at its input's positions.
+            is_transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+            count = (
+                args[0].numel() // module.in_channels if is_transposed else output.numel() // out
+            )
+            positions[name] = positions.get(name, 0) + count
 
-        def observe(name: str) -> Callable[..., None]:
-            def hook(module: Any, args: Any, output: Tensor) -> None:
-                out = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-                # A transposed convolution multiplies at its input's positions.
-                is_transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-                count = (
-                    args[0].numel() // module.in_channels
-                    if is_transposed
-                    else (output.numel() // out)
-                )
-                self.positions[name] = self.positions.get(name, 0) + count
-                self.layers[name] = module
+        return hook
 
-            return hook
-
-        with torch.no_grad(), evaluating(model), hooked(model, has_channels, observe):
-            call_with(model, example)
-        self.full = self._sum({}, {})
-
-    def at(self, kept: Kept) -> int:
-        out: dict[str, int] = {}
-        inputs: dict[str, int] = {}
-        for group in self.groups:
-            gone = group.channels - len(kept[group.name])
-            for member in group.members:
-                lost = out if member.side == "out" else inputs
-                if member.side != "norm":
-                    by = gone * len(member.units[0])
-                    lost[member.name] = lost.get(member.name, 0) + by
-        return self._sum(out, inputs)
-
-    def _sum(self, out: dict[str, int], inputs: dict[str, int]) -> int:
-        total = 0
-        for name, layer in self.layers.items():
-            if isinstance(layer, nn.Linear):
-                size, wide, deep = 1, layer.out_features, layer.in_features
-            else:
-                size = math.prod(layer.kernel_size)
-                wide, deep = layer.out_channels, layer.in_channels // layer.groups
-            wide -= out.get(name, 0)
-            if not is_grouped(layer):  # its groups stay as deep as they are
-                deep -= inputs.get(name, 0)
-            total += self.positions[name] * size * wide * deep
-        return total
+    with torch.no_grad(), evaluating(model), hooked(model, has_channels, observe):
+        call_with(model, example)
+    costs = {name: full_cost(model.get_submodule(name), at) for name, at in positions.items()}
+    for group in groups:
+        for member in group.members:
+            cost, size = costs.get(member.name), len(member.units[0])
+            if cost is None:
+                continue
+            if member.side == "out":
+                cost.out.append((group.name, size))
+                cost.fixed_out -= size * group.channels
+            # The groups of a grouped convolution stay as deep as they are.
+            elif member.side == "in" and not is_grouped(model.get_submodule(member.name)):
+                cost.inputs.append((group.name, size))
+                cost.fixed_in -= size * group.channels
+    return list(costs.values())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsight.compress.channel_groups import ChannelGroup, Member
-from sparsight.compress.layer_widths import LayerCost
+from sparsight.compress.layer_widths import LayerCost, full_cost
 from sparsight.compress.narrow import is_grouped
 from sparsight.compress.observe_layers import LayerUse
 from sparsight.nn.deform_conv import DeformableConv2d
@@ -215,16 +215,9 @@ def layer_costs(
     model: nn.Module, uses: Mapping[str, LayerUse], targets: Sequence[PruneTarget]
 ) -> list[LayerCost]:
     """Return the multiply-adds of every layer that runs, as functions of the targets' widths."""
-    costs: dict[str, LayerCost] = {}
-    for name, use in uses.items():
-        module: Any = model.get_submodule(name)
-        kernel = 1 if isinstance(module, nn.Linear) else module.weight[0, 0].numel()
-        is_linear = isinstance(module, nn.Linear)
-        costs[name] = LayerCost(
-            scale=use.positions * kernel,
-            fixed_out=module.out_features if is_linear else module.out_channels,
-            fixed_in=module.in_features if is_linear else module.in_channels // module.groups,
-        )
+    costs = {
+        name: full_cost(model.get_submodule(name), use.positions) for name, use in uses.items()
+    }
     for target in targets:
         for name, units in target.unit_of_channel.items():
             size = len(torch.nonzero(units >= 0)) // target.units
