@@ -9,8 +9,8 @@ from sparsight.measure.calibrate import CalibrationReport, calibrate
 from sparsight.measure.environment import environment
 from sparsight.measure.latency import Latency, LatencyComparison, measure_latency
 from sparsight.measure.macs import MacCount, count_macs
-from sparsight.measure.profiler import LayerProfile, Profile, profile
 from sparsight.measure.norms import measure_norms
+from sparsight.measure.profiler import LayerProfile, Profile, profile
 from sparsight.measure.published_macs import count_published_macs, published_size
 from sparsight.measure.report import environment_block, markdown_table, write_report
 from sparsight.measure.sampled_layers import LayerMacs
