@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsight.ops import assemble_reference as reference
+from sparsight.ops import cpu
 from sparsight.ops.operators import LIBRARY
 
 __all__ = ["Bins", "assemble_windows", "windows_inside"]
@@ -29,19 +30,11 @@ def _memory_format(is_channels_last: bool) -> torch.memory_format:
     return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
-def _check_images(windows: Tensor, images: int) -> None:
-    """Raise where a window names no image: only where looking at the numbers costs no wait."""
-    named = windows[:, 0]
-    bad = named[(named < 0) | (named >= images)]
-    if bad.numel():
-        raise ValueError(_no_such_image(int(bad[0]), images))
-
-
-def _no_such_image(image: int, images: int) -> str:
-    return (
-        f"assemble_windows: windows name image {image}, but score_maps hold {images}; the first "
-        "column of windows must be the index of an image of the batch, from 0: number the windows "
-        "of each image by its place in the batch."
+def _new_maps(grad: Tensor, shape: Sequence[int], is_channels_last: bool) -> Tensor:
+    """Uninitialised; `contiguous` would leave the strides of an axis of one alone."""
+    memory_format = _memory_format(is_channels_last)
+    return torch.empty(
+        tuple(shape), dtype=grad.dtype, device=grad.device, memory_format=memory_format
     )
 
 
@@ -52,8 +45,7 @@ def _assemble_any(score_maps: Tensor, windows: Tensor, size: int, centred: bool)
 
 @torch.library.impl(LIBRARY, "assemble_windows", "CPU")
 def _assemble_cpu(score_maps: Tensor, windows: Tensor, size: int, centred: bool) -> Tensor:
-    _check_images(windows, score_maps.shape[0])
-    return _assemble_any(score_maps, windows, size, centred)
+    return cpu.assemble_windows(score_maps, windows, size, centred)
 
 
 @torch.library.register_fake("sparsight::assemble_windows", lib=LIBRARY)
@@ -68,15 +60,22 @@ def _backward_any(
     # Many windows share a cell: sums of half precision are float32 until the end.
     wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
     sent = reference.assemble_windows_backward(wide, windows, shape, centred)
-    return sent.to(grad.dtype).contiguous(memory_format=_memory_format(is_channels_last))
+    return _new_maps(grad, shape, is_channels_last).copy_(sent)
+
+
+@torch.library.impl(LIBRARY, "assemble_windows_backward", "CPU")
+def _backward_cpu(
+    grad: Tensor, windows: Tensor, shape: Sequence[int], is_channels_last: bool, centred: bool
+) -> Tensor:
+    memory_format = _memory_format(is_channels_last)
+    return cpu.assemble_windows_backward(grad, windows, shape, memory_format, centred)
 
 
 @torch.library.register_fake("sparsight::assemble_windows_backward", lib=LIBRARY)
 def _backward_fake(
     grad: Tensor, windows: Tensor, shape: Sequence[int], is_channels_last: bool, centred: bool
 ) -> Tensor:
-    made = grad.new_empty(shape)
-    return made.contiguous(memory_format=_memory_format(is_channels_last))
+    return _new_maps(grad, shape, is_channels_last)
 
 
 def _setup(ctx, inputs, output) -> None:
