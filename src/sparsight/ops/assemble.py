@@ -1,7 +1,9 @@
 """`assemble_windows`: instance masks from position-sensitive score maps, without parameters."""
 
 import math
+import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from sparsight.ops import assemble_reference as reference
 from sparsight.ops import cpu
 from sparsight.ops.operators import LIBRARY
+from sparsight.ops.triton import missing_for
 
 __all__ = ["Bins", "assemble_windows", "windows_inside"]
 
@@ -38,6 +41,26 @@ def _new_maps(grad: Tensor, shape: Sequence[int], is_channels_last: bool) -> Ten
     )
 
 
+_warned: set[str] = set()
+
+
+def _triton_kernels(x: Tensor) -> ModuleType | None:
+    """The kernels for a CUDA tensor; where there are none, None and, once, a warning why."""
+    reason = missing_for(x)
+    if reason is None:
+        from sparsight.ops.triton import assemble
+
+        return assemble
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"assemble_windows: {reason}; plain torch operators run in the place of its GPU "
+            "kernels, with an index of every cell.",
+            stacklevel=2,
+        )
+    return None
+
+
 @torch.library.impl(LIBRARY, "assemble_windows", "CompositeExplicitAutograd")
 def _assemble_any(score_maps: Tensor, windows: Tensor, size: int, centred: bool) -> Tensor:
     return reference.assemble_windows(score_maps, windows, size, centred)
@@ -46,6 +69,14 @@ def _assemble_any(score_maps: Tensor, windows: Tensor, size: int, centred: bool)
 @torch.library.impl(LIBRARY, "assemble_windows", "CPU")
 def _assemble_cpu(score_maps: Tensor, windows: Tensor, size: int, centred: bool) -> Tensor:
     return cpu.assemble_windows(score_maps, windows, size, centred)
+
+
+@torch.library.impl(LIBRARY, "assemble_windows", "CUDA")
+def _assemble_cuda(score_maps: Tensor, windows: Tensor, size: int, centred: bool) -> Tensor:
+    kernels = _triton_kernels(score_maps)
+    if kernels is None:
+        return _assemble_any(score_maps, windows, size, centred)
+    return kernels.assemble_windows(score_maps, windows, size, centred)
 
 
 @torch.library.register_fake("sparsight::assemble_windows", lib=LIBRARY)
@@ -69,6 +100,17 @@ def _backward_cpu(
 ) -> Tensor:
     memory_format = _memory_format(is_channels_last)
     return cpu.assemble_windows_backward(grad, windows, shape, memory_format, centred)
+
+
+@torch.library.impl(LIBRARY, "assemble_windows_backward", "CUDA")
+def _backward_cuda(
+    grad: Tensor, windows: Tensor, shape: Sequence[int], is_channels_last: bool, centred: bool
+) -> Tensor:
+    kernels = _triton_kernels(grad)
+    if kernels is None:
+        return _backward_any(grad, windows, shape, is_channels_last, centred)
+    memory_format = _memory_format(is_channels_last)
+    return kernels.assemble_windows_backward(grad, windows, shape, memory_format, centred)
 
 
 @torch.library.register_fake("sparsight::assemble_windows_backward", lib=LIBRARY)
@@ -179,8 +221,10 @@ def assemble_windows(
             batch. The last is not looked for on a GPU, which it would have to wait for: such a
             window is 0 there.
 
-    Cost: no multiply-add; one read and one write per cell of the windows. Nothing of the maps is
-    kept for the gradient, and no window is copied before it is asked for.
+    Cost: no multiply-add; one read and one write per cell of the windows, by compiled kernels on
+    the CPU and Triton kernels on CUDA devices; where Triton is not installed or does not support
+    the GPU, a warning says so, once, and plain torch operators run, as on other devices. Nothing of
+    the maps is kept for the gradient.
 
     Gradient: of `score_maps`, to any order: for each cell of the maps the sum of what the windows
     that copied it send back, in the order of the windows, the same bits at every call and for any
