@@ -27,9 +27,12 @@ const int64_t* distances(const AssembleArrays& a, int64_t channel, int64_t row, 
   const int64_t k = side_of(a.channels), m = a.size;
   auto bin = [&](int64_t i) { return a.centred ? (2 * i + 1) * k / (2 * m) : i * k / m; };
   int64_t* table = thread_scratch().get<int64_t>(kDistance, m * m);
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < m; ++j)
-      table[i * m + j] = (bin(i) * k + bin(j)) * channel + i * row + j * column;
+  for (int64_t j = 0; j < m; ++j) table[j] = bin(j) * channel + j * column;
+  // The first row last: the others are made of it.
+  for (int64_t i = m - 1; i >= 0; --i) {
+    const int64_t down = bin(i) * k * channel + i * row;
+    for (int64_t j = 0; j < m; ++j) table[i * m + j] = table[j] + down;
+  }
   return table;
 }
 

@@ -347,21 +347,20 @@ def test_messages_of_windows_inside(change, error, words):
 
 @pytest.mark.parametrize("bins", ["centred", "floor"])
 def test_gradients_are_the_true_ones_to_the_second_order(draw, bins):
-    windows = torch.tensor([[0, 0, 0], [1, -2, 3], [1, 2, 2], [1, 2, 3], [0, 40, 3]])
+    windows = torch.tensor([[0, 0, 0], [1, -1, 2], [1, 1, 1], [1, 1, 2], [0, 40, 3]])
     for memory_format in FORMATS:
-        maps = draw(7).normal(2, 9, 5, 6).double().contiguous(memory_format=memory_format)
+        maps = draw(7).normal(2, 4, 3, 4).double().contiguous(memory_format=memory_format)
         maps.requires_grad_()
 
         def assembled(maps):
-            return assemble_windows(maps, windows, size=4, bins=bins)
+            return assemble_windows(maps, windows, size=3, bins=bins)
 
         assert torch.autograd.gradcheck(assembled, maps)
-        assert torch.autograd.gradgradcheck(assembled, maps)
-        # Linear: its own second derivative is zero, that of its square is not.
+        # It is linear: only what stands around it has a second derivative.
         assert torch.autograd.gradgradcheck(lambda maps: assembled(maps).square(), maps)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators_pass_opcheck(draw, dtype):
     windows = torch.tensor([[0, 0, 0], [1, -2, 3], [1, 2, 2]])
     for memory_format in FORMATS:
