@@ -18,7 +18,13 @@ aten = torch.ops.aten
 
 # sparsight's own operators, outside a module that count_macs knows how to read, cost what their
 # sites say.
-FREE_SPARSIGHT_OPERATORS = {"sites_from_mask", "soft_pool", "soft_pool_backward"}
+FREE_SPARSIGHT_OPERATORS = {
+    "assemble_windows",
+    "assemble_windows_backward",
+    "sites_from_mask",
+    "soft_pool",
+    "soft_pool_backward",
+}
 
 
 def _matrix_vector(args: Sequence[Any]) -> int:

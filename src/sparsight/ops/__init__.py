@@ -6,6 +6,7 @@ May import torch, the compiled kernels and (lazily) triton; nothing else of spar
 """
 
 from sparsight.ops import reference
+from sparsight.ops.assemble import assemble_windows, windows_inside
 from sparsight.ops.conv import sampled_conv2d
 from sparsight.ops.deform import sampled_deform_conv2d
 from sparsight.ops.interpolate import interpolate
@@ -14,6 +15,7 @@ from sparsight.ops.sites import Sites, sites_from_mask
 
 __all__ = [
     "Sites",
+    "assemble_windows",
     "interpolate",
     "reference",
     "sampled_conv2d",
@@ -22,4 +24,5 @@ __all__ = [
     "soft_pool1d",
     "soft_pool2d",
     "soft_pool3d",
+    "windows_inside",
 ]
