@@ -70,7 +70,7 @@ def run_classification(
             f"{name}: method='resized'; the transforms of this recipe fix the size of the images; "
             "pass --size, with a dense model, instead."
         )
-    full, dense = dense, with_widths_of(dense, init)
+    dense = with_widths_of(dense, init)
     prunes = flags.method in ("sfp", "fpgm")
     if (prunes and flags.sampling_weight is not None) or (not prunes and filter_ratio is not None):
         raise ValueError(
@@ -86,7 +86,7 @@ def run_classification(
         network,
         architecture,
         objective=planned.objective,
-        distiller=distillation.distiller(network, full),
+        distiller=distillation.distiller(network, dense),
         lr=lr,
         weight_decay=weight_decay,
     )
