@@ -127,7 +127,8 @@ def load_teacher(path: str | Path, *, like: AnyArchitecture) -> nn.Module:
         network = load_resnet_cifar(path)
         teacher, task, num_classes = network, like.task, network.linear.out_features
     else:
-        return initial_network(replace(like, sampling=None, widths=None), path)
+        full = replace(like, sampling=None, widths=None, selected=None)
+        return initial_network(full, path)
     fits = task == like.task and (task == "detection" or num_classes == like.num_classes)
     if not fits:
         raise ValueError(

@@ -32,7 +32,8 @@ def with_widths_of(architecture: Kind, init: str | Path | None) -> Kind:
     """
     if init is None or Path(init).suffix != ".safetensors":
         return architecture
-    return replace(architecture, widths=read_architecture(init).widths)
+    stored = read_architecture(init)
+    return replace(architecture, widths=stored.widths, selected=stored.selected)
 
 
 def initial_network(architecture: Architecture, init: str | Path | None) -> nn.Module:
