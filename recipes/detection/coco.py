@@ -23,6 +23,7 @@ from sparsight.train.data import (
 from sparsight.train.detection_task import DetectionTask
 from sparsight.train.distillation import shared_flags
 from sparsight.train.evaluate_detection import measured_backbone_share, score_detector
+from sparsight.train.initial_weights import with_widths_of
 from sparsight.train.recipe import Recipe
 from sparsight.train.settling import measure_norms_again, settle
 
@@ -88,7 +89,8 @@ def coco(
         deformable: deformable conv3 to conv5.
         pretrained: local file of torchvision's weights, of a classifier for the backbone, or of a
             detector; default: random weights.
-        init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model.
+        init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model, a
+            pruned one stays as narrow as it is.
         num_classes: background included; default 81 for COCO, labels in a row. 91, labels that are
             the category ids, suits torchvision's detector weights.
         is_norm_frozen: norms are constants; default: if `pretrained` is given.
@@ -158,16 +160,19 @@ def coco(
     if overfit_images is None:
         val_data = Coco(data, "val2017", num_classes=train_data.num_classes)
 
-    dense_architecture = DetectorArchitecture(
-        num_classes=train_data.num_classes,
-        backbone=backbone,
-        deformable=deformable,
-        is_norm_frozen=pretrained is not None if is_norm_frozen is None else is_norm_frozen,
-        trainable_layers=trainable_layers,
-        fpn_channels=fpn_channels,
-        head_channels=head_channels,
-        size=size,
-        first_sampled_layer=first_sampled_layer,
+    dense_architecture = with_widths_of(
+        DetectorArchitecture(
+            num_classes=train_data.num_classes,
+            backbone=backbone,
+            deformable=deformable,
+            is_norm_frozen=pretrained is not None if is_norm_frozen is None else is_norm_frozen,
+            trainable_layers=trainable_layers,
+            fpn_channels=fpn_channels,
+            head_channels=head_channels,
+            size=size,
+            first_sampled_layer=first_sampled_layer,
+        ),
+        init,
     )
     planned = flags.plan(
         size=size, dense=lambda: build_dense(dense_architecture).get_submodule("backbone.body")

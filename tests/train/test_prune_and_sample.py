@@ -149,6 +149,18 @@ def test_segmentation_goes_through_the_same_steps(tmp_path):
     end = read_architecture(tmp_path / "weights.safetensors")
     assert end.widths == read_architecture(tmp_path / "pruned.safetensors").widths
     assert end.widths is not None and end.sampling is not None and end.sampling.layout == "a"
+    # What was pruned starts a run of the ordinary recipe.
+    camvid = load_recipe(RECIPES / "segmentation" / "camvid.py")
+    again = camvid(
+        **QUICK,
+        size=(64, 96),
+        fpn_channels=16,
+        head_channels=16,
+        init=str(tmp_path / "pruned.safetensors"),
+        out=str(tmp_path / "again"),
+    )
+    assert again["architecture"]["widths"] == end.widths
+    assert again["macs_total"] == result["steps"][1]["macs_total"]
 
 
 @pytest.mark.parametrize(
