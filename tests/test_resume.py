@@ -25,6 +25,10 @@ RUNS = {
         ],
     ),
     "detection": ("detection/coco", ["--backbone", "resnet18", "--sampling-weight", "0.1"]),
+    "filters": (
+        "classification/cifar10",
+        ["--depth", "8", "--method", "fpgm", "--filter-ratio", "0.3", "--lr", "0.05"],
+    ),
     "chain": ("classification/prune_and_sample_cifar10", ["--budget", "0.7", "--latency", "false"]),
 }
 # Two epochs of two batches; the second batch of the second epoch never starts.
