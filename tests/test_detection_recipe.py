@@ -152,6 +152,13 @@ def test_the_baselines_are_methods_of_the_recipe(tmp_path):
     perforated = coco(**common, method="perforated", out=str(tmp_path / "perforated"))
     assert len(perforated["density"]) == 16
     assert 0.2 < sum(perforated["density"].values()) / 16 < 0.6
+    pruned = coco(**common, method="sfp", filter_ratio=0.5, out=str(tmp_path / "pruned"))
+    widths = pruned["architecture"]["widths"]
+    assert widths["backbone.body.layer1.0.conv1.weight"] == [4, 8, 3, 3]
+    assert all(name.startswith("backbone.body.layer") for name in widths)
+    assert pruned["macs_total"] == pytest.approx(
+        pruned["pruned_share"] * full["macs_total"], rel=0.1
+    )
 
 
 @pytest.mark.parametrize(

@@ -194,8 +194,6 @@ def prune_and_sample_cifar10(
             run_classification,
             name="cifar10",
             dense=dense,
-            filter_ratio=None,
-            filter_norm_ratio=0.0,
             distillation=distillation,
             weight_decay=weight_decay,
         ),

@@ -23,9 +23,12 @@ from sparsight.train.data import (
 from sparsight.train.detection_task import DetectionTask
 from sparsight.train.distillation import shared_flags
 from sparsight.train.evaluate_detection import measured_backbone_share, score_detector
+from sparsight.train.filter_pruning import pruning_of, remove_pruned_filters
 from sparsight.train.initial_weights import with_widths_of
 from sparsight.train.recipe import Recipe
 from sparsight.train.settling import measure_norms_again, settle
+
+_PRUNED_PART = "backbone.body"  # by --method sfp and fpgm; budgets of detectors are of backbones
 
 
 def coco(
@@ -128,6 +131,7 @@ def coco(
         a distributed run but the first.
 
     Raises:
+        ImportError: filters are to be pruned without the extra `sparsight[compress]`.
         ValueError: no data, a budget outside (0, 1], a budget and a weight at once, `pretrained`
             and `init` at once, or a checkpoint of another architecture.
         FileNotFoundError: data folders, weights or checkpoint missing.
@@ -200,6 +204,7 @@ def coco(
         lr=lr,
         scalar_lr_factor=scalar_lr_factor,
     )
+    pruning = pruning_of(flags, network, architecture.size, name="coco", part=_PRUNED_PART)
     recipe = Recipe(
         train_data=train_data,
         train_transform=detection_transform(is_training=overfit_images is None),
@@ -218,6 +223,7 @@ def coco(
         collate_fn=collate_detection,
         anneal_share=flags.anneal_share,
         remeasures_norms=flags.remeasures_norms,
+        callbacks=() if pruning is None else (pruning,),
         hardware=hardware,
         shows_progress=progress_bar,
     )
@@ -239,6 +245,11 @@ def coco(
         result |= settle(
             network, recipe, flags.budget, num_images=64, measure=measured_backbone_share
         )
+    if pruning is not None:
+        network, architecture, share = remove_pruned_filters(
+            network, architecture, part=_PRUNED_PART
+        )
+        result["pruned_share"] = share
     path = folder / "weights.safetensors"
     save_checkpoint(path, network, architecture)
     scored = score_detector(network, recipe.validation_batches(), data=val_data)

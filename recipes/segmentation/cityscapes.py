@@ -173,11 +173,11 @@ def cityscapes(
         name="cityscapes segmentation",
         dense=dense,
         planned=planned,
-        budget=flags.budget,
+        flags=flags,
         lr=lr,
         init=init,
         loss=loss,
         distillation=distillation,
         resume=resume,
-        details={"method": flags.method, "loss": loss, "augmentation": augmentation},
+        details={"loss": loss, "augmentation": augmentation},
     )

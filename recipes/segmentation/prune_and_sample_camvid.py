@@ -182,7 +182,7 @@ def prune_and_sample_camvid(
             name="camvid segmentation",
             dense=narrow,
             planned=flags.plan(size=size, dense=lambda: build_dense(narrow)),
-            budget=flags.budget,
+            flags=flags,
             init=init,
             distillation=distillation,
             loss=loss,
