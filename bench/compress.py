@@ -1,10 +1,15 @@
-"""Pruned ResNet-56 of CIFAR-10: accuracy before fine-tuning, multiply-adds, frozen milliseconds.
+"""Pruned networks, frozen: how much of the multiply-adds saved is time saved.
 
     python bench/compress.py --data CIFAR10 --weights cifar10_resnet56.pt --out runs/bench/today
     python bench/compress.py --data CIFAR10 --weights cifar10_resnet56.pt --only 2x
+    python bench/compress.py --wide --out runs/bench/today
     python bench/compress.py --quick
 
-One stage for each speed-up: 1.5x, 2x, 4x fewer multiply-adds. The rows:
+A ResNet-56 of CIFAR-10, with its accuracy before fine-tuning; with --wide torchvision's ResNet-50
+and VGG-16 at 224x224 instead, random weights, time alone.
+
+One stage for each speed-up, 1.5x, 2x, 4x fewer multiply-adds, and with --wide for each network. The
+rows of the first:
 
 dense                the network as it is, the base of all ratios.
 L1, L2, FPGM, norm   `prune_filters` by these importances, the same share from every inner layer.
@@ -13,10 +18,13 @@ torch-pruning        the library's MagnitudePruner with its group importance, as
 ours                 `prune_channels`: LASSO, least squares, widths by sensitivity; from training
                      images, without labels.
 
+Those of --wide: `prune_filters` by L1, widths in multiples of 16 where layers are wide enough, all
+of --round-to; what is random has no better widths. In a ResNet-50 the residual stream stays.
+
 Multiply-adds are counted by sparsight.measure.count_macs. "top-1" is of all test images, without
 any training after pruning. Dense and pruned are both frozen and timed in turns; "realised" is the
 ratio of the times over that of the multiply-adds. --data and --weights are needed but for --quick,
-whose network is random and shallow, and whose images and labels are drawn.
+whose network is random and shallow, and whose images and labels are drawn; and for --wide.
 """
 
 import argparse
@@ -29,9 +37,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import vgg16
 
 import sparsight
 import sparsight.compress
+from harness.models import resnet
 from harness.script import (
     Settings,
     argument_parser,
@@ -46,6 +56,7 @@ from sparsight.measure import Latency, count_macs
 from sparsight.models import load_resnet_cifar, resnet_cifar
 
 SPEEDUPS = (1.5, 2.0, 4.0)
+WIDE = ("resnet50", "vgg16")
 NUM_SAMPLED_IMAGES = 1024
 IMPORTANCES = {"L1": "l1", "L2": "l2", "FPGM": "geometric_median", "norm": "batch_norm"}
 
@@ -186,23 +197,80 @@ def rows(settings: Settings, args: argparse.Namespace, speedup: float) -> Iterat
         if isinstance(model, str):
             yield {"method": name, "asked": speedup, "top-1": model}
             continue
-        macs = count_macs(model, task.images[:1]).total
-        row: Row = {
+        yield {
             "method": name,
             "asked": speedup,
             "top-1": top1(model, task),
-            "MMACs": macs / 1e6,
-            "MAC ratio": dense_macs / macs,
-            "batch": task.batch,
+            **saved(settings, model, dense, image, dense_macs),
         }
-        frozen = sparsight.freeze(model, example=image)
-        times = compare(settings, {"dense": dense, "pruned": frozen}, image)
-        for candidate, latency in times.items():
-            row.update(cells(candidate, latency))
-        ms = {key: t.latency_ms for key, t in times.items() if isinstance(t, Latency)}
-        row["time ratio"] = ms["dense"] / ms["pruned"]
-        row["realised"] = row["time ratio"] / row["MAC ratio"]
-        yield row
+
+
+def saved(
+    settings: Settings, model: nn.Module, dense: nn.Module, image: Tensor, dense_macs: int
+) -> Row:
+    """What a pruned network computes and takes, beside the dense one.
+
+    Args:
+        settings: of the script.
+        model: pruned, in eval mode.
+        dense: the dense network, frozen.
+        image: (B, 3, H, W), channels-last.
+        dense_macs: of the dense network for one image.
+    """
+    macs = count_macs(model, image[:1]).total
+    row: Row = {"MMACs": macs / 1e6, "MAC ratio": dense_macs / macs, "batch": len(image)}
+    times = compare(
+        settings, {"dense": dense, "pruned": sparsight.freeze(model, example=image)}, image
+    )
+    for candidate, latency in times.items():
+        row.update(cells(candidate, latency))
+    ms = {key: t.latency_ms for key, t in times.items() if isinstance(t, Latency)}
+    row["time ratio"] = ms["dense"] / ms["pruned"]
+    row["realised"] = row["time ratio"] / row["MAC ratio"]
+    return row
+
+
+def wide_network(name: str, *, is_small: bool) -> nn.Module:
+    """A network of torchvision's with random weights, in eval mode.
+
+    Args:
+        name: "resnet50" or "vgg16".
+        is_small: a block a stage, or a small classifier, to see that the script works.
+    """
+    if name == "resnet50":
+        return resnet((1, 1, 1, 1) if is_small else (3, 4, 6, 3))
+    torch.manual_seed(0)
+    made = vgg16(weights=None)
+    if is_small:
+        made.classifier = nn.Sequential(nn.Linear(512 * 7 * 7, 10))
+    return made.eval().to(memory_format=torch.channels_last)
+
+
+def wide_rows(
+    settings: Settings, args: argparse.Namespace, name: str, speedup: float
+) -> Iterator[Row]:
+    """One wide network at one speed-up."""
+    side = 64 if settings.quick else 224
+    torch.manual_seed(1)
+    image = torch.randn(args.batch, 3, side, side).contiguous(memory_format=torch.channels_last)
+    model = wide_network(name, is_small=settings.quick)
+    dense_macs = count_macs(model, image[:1]).total
+    dense = sparsight.freeze(model, example=image)
+    yield {
+        "network": name,
+        "method": "dense",
+        "asked": speedup,
+        "MMACs": dense_macs / 1e6,
+        "MAC ratio": 1.0,
+    }
+    smaller = prune_filters(model, image[:1], speedup=speedup, round_to=args.round_to)
+    del model
+    yield {
+        "network": name,
+        "method": "L1",
+        "asked": speedup,
+        **saved(settings, smaller, dense, image, dense_macs),
+    }
 
 
 def parser() -> argparse.ArgumentParser:
@@ -211,7 +279,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data", type=Path, help="folder of CIFAR-10")
     made.add_argument("--weights", type=Path, help="of a CIFAR ResNet")
     made.add_argument("--batch", type=int, default=1, help="images at once that are timed")
-    made.add_argument("--round-to", type=int, default=8, help="multiples of channels")
+    made.add_argument(
+        "--round-to", type=int, help="multiples of channels; default 8, with --wide 16"
+    )
+    made.add_argument("--wide", action="store_true", help="ResNet-50 and VGG-16: time alone")
     return made
 
 
@@ -220,18 +291,34 @@ def main() -> None:
     made = parser()
     args = made.parse_args()
     settings = settings_of(args)
-    if not settings.quick and (args.data is None or args.weights is None):
-        made.error("--data and --weights are required; --quick runs without them")
+    if args.round_to is None:
+        args.round_to = 16 if args.wide else 8
+    if not (settings.quick or args.wide) and (args.data is None or args.weights is None):
+        made.error("--data and --weights are required; --quick and --wide run without them")
     speedups = SPEEDUPS[:1] if settings.quick else SPEEDUPS
+    suffix = "" if args.batch == 1 else f"-batch{args.batch}"
+    realised = (
+        "MACs are those of one image. Realised: ratio of the times over the ratio of the MACs."
+    )
+    if args.wide:
+        run_script(
+            settings,
+            f"compress-wide{suffix}",
+            [
+                Stage(f"{name}-{s:g}x", lambda name=name, s=s: wide_rows(settings, args, name, s))
+                for name in WIDE
+                for s in speedups
+            ],
+            title="Pruned ResNet-50 and VGG-16, frozen",
+            notes=f"Random weights, 224x224, widths in multiples of {args.round_to}. {realised}",
+        )
+        return
     run_script(
         settings,
-        "compress" if args.batch == 1 else f"compress-batch{args.batch}",
+        f"compress{suffix}",
         [Stage(f"{s:g}x", lambda s=s: rows(settings, args, s)) for s in speedups],
         title="Pruned ResNet-56 on CIFAR-10, before fine-tuning, frozen",
-        notes=(
-            "Top-1 in percent of the test images, without training after pruning. MACs are those "
-            "of one image. Realised: ratio of the times over the ratio of the MACs."
-        ),
+        notes=f"Top-1 in percent of the test images, without training after pruning. {realised}",
     )
 
 

@@ -299,6 +299,18 @@ SAMPLING_FLAGS = {
         ("segmentation/camvid", {}),
         ("segmentation/cityscapes", {}),
         ("detection/coco", {}),
+        ("segmentation/prune_and_sample_camvid", {"budget": "0.5"}),
+        (
+            "classification/prune_and_sample_cifar10",
+            {
+                "budget": "0.5",
+                "layout": "a",
+                "noise": "blue",
+                "grid_stride": "null",
+                "anneal_share": "0.6",
+                "window": "3",
+            },
+        ),
         ("classification/imagenet", {"window": "7"}),
         (
             "classification/cifar10",

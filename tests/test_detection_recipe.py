@@ -1,6 +1,7 @@
 """The detection recipe from the command line: trained, evaluated, profiled, resumed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from torchvision.models import resnet as zoo
 
 from sparsight.cli import load_recipe, main
+from sparsight.compress import prune_filters
+from sparsight.train.architecture import build_dense, pruned_architecture
+from sparsight.train.checkpoint import load_checkpoint, read_architecture, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 RECIPE = str(Path(__file__).resolve().parents[1] / "recipes" / "detection" / "coco.py")
@@ -111,6 +115,33 @@ def test_a_dense_run_starts_a_sampled_one_on_the_same_images(tmp_path):
     assert sampled["architecture"]["sampling"]["interpolation"] == "nearest"
 
 
+def test_a_pruned_detector_starts_a_sampled_one_as_narrow_as_it_is(tmp_path, trained):
+    torch.manual_seed(0)
+    sampled = read_architecture(trained / "weights.safetensors")
+    dense = replace(sampled, deformable=False, sampling=None)
+    smaller = prune_filters(
+        build_dense(dense).eval(),
+        [torch.rand(3, 96, 128)],
+        ratio=0.5,
+        where=lambda name, _: name.startswith("backbone.body"),
+    )
+    save_checkpoint(tmp_path / "a.safetensors", smaller, pruned_architecture(dense, smaller))
+    result = load_recipe(Path(RECIPE))(
+        quick=True,
+        backbone="resnet18",
+        trainable_layers=sampled.trainable_layers,
+        init=str(tmp_path / "a.safetensors"),
+        sampling_weight=0.1,
+        data=str(trained / "data"),
+        out=str(tmp_path / "b"),
+        progress_bar=False,
+    )
+    widths = read_architecture(tmp_path / "a.safetensors").widths
+    assert result["architecture"]["widths"] == widths
+    assert widths["backbone.body.layer1.0.conv1.weight"] == [4, 8, 3, 3]
+    assert load_checkpoint(tmp_path / "b" / "weights.safetensors")[1].sampling is not None
+
+
 def test_the_baselines_are_methods_of_the_recipe(tmp_path):
     coco = load_recipe(Path(RECIPE))
     common = {"backbone": "resnet18", "quick": True, "progress_bar": False, "overfit_images": 2}
@@ -121,6 +152,13 @@ def test_the_baselines_are_methods_of_the_recipe(tmp_path):
     perforated = coco(**common, method="perforated", out=str(tmp_path / "perforated"))
     assert len(perforated["density"]) == 16
     assert 0.2 < sum(perforated["density"].values()) / 16 < 0.6
+    pruned = coco(**common, method="sfp", filter_ratio=0.5, out=str(tmp_path / "pruned"))
+    widths = pruned["architecture"]["widths"]
+    assert widths["backbone.body.layer1.0.conv1.weight"] == [4, 8, 3, 3]
+    assert all(name.startswith("backbone.body.layer") for name in widths)
+    assert pruned["macs_total"] == pytest.approx(
+        pruned["pruned_share"] * full["macs_total"], rel=0.1
+    )
 
 
 @pytest.mark.parametrize(

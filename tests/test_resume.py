@@ -15,12 +15,21 @@ from sparsight.models import resnet_cifar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated")
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+# By name of the run: the recipe, and its flags.
 RUNS = {
-    "classification/cifar10": [
-        *("--depth", "20", "--distill-features", "layer2=layer3", "--precision", "bf16-mixed"),
-        *("--budget", "0.7"),
-    ],
-    "detection/coco": ["--backbone", "resnet18", "--sampling-weight", "0.1"],
+    "taught": (
+        "classification/cifar10",
+        [
+            *("--depth", "20", "--distill-features", "layer2=layer3", "--precision", "bf16-mixed"),
+            *("--budget", "0.7"),
+        ],
+    ),
+    "detection": ("detection/coco", ["--backbone", "resnet18", "--sampling-weight", "0.1"]),
+    "filters": (
+        "classification/cifar10",
+        ["--depth", "8", "--method", "fpgm", "--filter-ratio", "0.3", "--lr", "0.05"],
+    ),
+    "chain": ("classification/prune_and_sample_cifar10", ["--budget", "0.7", "--latency", "false"]),
 }
 # Two epochs of two batches; the second batch of the second epoch never starts.
 KILLED = """
@@ -40,12 +49,12 @@ main(sys.argv[1:])
 """
 
 
-def command(recipe, out, teacher):
-    path = str(RECIPES / f"{recipe}.py")
+def command(run, out, teacher):
+    recipe, own = RUNS[run]
     flags = ["--quick", "--progress-bar", "false", "--accelerator", "cpu"]
-    if recipe == "classification/cifar10":
+    if run == "taught":
         flags += ["--teacher", str(teacher), "--cache-teacher", str(Path(out) / "outputs")]
-    return ["train", path, *RUNS[recipe], *flags, "--out", str(out)]
+    return ["train", str(RECIPES / f"{recipe}.py"), *own, *flags, "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +67,17 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, teacher):
-    """The folders of both runs after the kill; the processes run side by side."""
-    folders = {recipe: tmp_path_factory.mktemp("killed") for recipe in RUNS}
+    """The folders of the runs after the kill; the processes run side by side."""
+    folders = {run: tmp_path_factory.mktemp("killed") for run in RUNS}
     processes = {
-        recipe: subprocess.Popen(
-            [sys.executable, "-c", KILLED, *command(recipe, folder, teacher)],
+        run: subprocess.Popen(
+            [sys.executable, "-c", KILLED, *command(run, folder, teacher)],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for recipe, folder in folders.items()
+        for run, folder in folders.items()
     }
     for process in processes.values():
         printed, _ = process.communicate(timeout=900)
@@ -76,19 +85,19 @@ def killed(tmp_path_factory, teacher):
     return folders
 
 
-@pytest.mark.parametrize("recipe", RUNS)
-def test_a_killed_run_resumes_to_the_same_bits(recipe, killed, tmp_path, teacher):
+@pytest.mark.parametrize("run", RUNS)
+def test_a_killed_run_resumes_to_the_same_bits(run, killed, tmp_path, teacher):
     """Classification learns from a teacher too, through an adapter, its outputs kept on disk."""
-    folder = killed[recipe]
+    folder = killed[run]
     assert not (folder / "weights.safetensors").exists()
     stored = torch.load(folder / "last.ckpt", weights_only=True)
     assert (stored["epoch"], stored["global_step"]) == (0, 2)
 
     is_taught = any("adapters" in name for name in stored["state_dict"])
-    assert is_taught == (recipe == "classification/cifar10")
+    assert is_taught == (run == "taught")
 
-    assert main(command(recipe, tmp_path, teacher)) == 0
-    assert main([*command(recipe, folder, teacher), "--resume"]) == 0
+    assert main(command(run, tmp_path, teacher)) == 0
+    assert main([*command(run, folder, teacher), "--resume"]) == 0
     whole, resumed = (load_file(out / "weights.safetensors") for out in (tmp_path, folder))
     assert set(resumed) == set(whole)
     for name, value in whole.items():

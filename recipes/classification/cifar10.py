@@ -17,7 +17,7 @@ from sparsight.train.data import (
 from sparsight.train.distillation import shared_flags
 from sparsight.train.pooling import PoolingKind
 from sparsight.train.recipe import Recipe
-from sparsight.train.sampling import ClassificationMethod, Layout, Noise
+from sparsight.train.sampling import Layout, Noise
 
 
 def cifar10(
@@ -31,9 +31,6 @@ def cifar10(
     accumulate: int = 1,
     lr: float = 5e-4,
     weight_decay: float = 1e-2,
-    method: ClassificationMethod = "sampled",
-    filter_ratio: float | None = None,
-    filter_norm_ratio: float = 0.0,
     init: str | None = None,
     layout: Layout = "a",
     noise: Noise = "blue",
@@ -79,10 +76,6 @@ def cifar10(
         accumulate: micro-batches per optimiser step.
         lr: peak learning rate of AdamW.
         weight_decay: of weights of convolutions.
-        method: "sampled" is the paper's, "relu_gate" and "perforated" are baselines; "sfp" and
-            "fpgm" set filters to zero while they train and remove them at the end.
-        filter_ratio: share of each layer's filters that "sfp" and "fpgm" take; or pass a budget.
-        filter_norm_ratio: the part of it that "fpgm" takes by norm; 0.1 of 0.3 is published.
         init: weights to start from: a checkpoint of sparsight, or a state_dict saved with torch.
         layout: masks per residual block: "a" one, "b" or "c" one per convolution.
         noise: sampling noise: "white" (the paper), "blue", "none".
@@ -110,7 +103,6 @@ def cifar10(
         FileNotFoundError: data or weights missing; says where to obtain them.
     """
     flags, distillation, hardware = shared_flags(
-        method="sampled",  # this recipe's own flag knows more methods
         layout=layout,
         noise=noise,
         grid_stride=grid_stride,
@@ -167,9 +159,7 @@ def cifar10(
         recipe,
         name="cifar10",
         dense=dense,
-        flags=replace(flags, method=method, sampling=replace(flags.sampling, window=window)),
-        filter_ratio=filter_ratio,
-        filter_norm_ratio=filter_norm_ratio,
+        flags=replace(flags, sampling=replace(flags.sampling, window=window)),
         init=init,
         distillation=distillation,
         lr=lr,

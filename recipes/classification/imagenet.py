@@ -16,7 +16,6 @@ from sparsight.train.data import (
 )
 from sparsight.train.distillation import shared_flags
 from sparsight.train.recipe import Recipe
-from sparsight.train.sampling import ClassificationMethod
 
 
 def imagenet(
@@ -29,9 +28,6 @@ def imagenet(
     accumulate: int = 1,
     lr: float = 1e-3,
     weight_decay: float = 1e-2,
-    method: ClassificationMethod = "sampled",
-    filter_ratio: float | None = None,
-    filter_norm_ratio: float = 0.0,
     init: str | None = None,
     window: int = 7,
     seed: int = 0,
@@ -64,10 +60,6 @@ def imagenet(
         accumulate: micro-batches per optimiser step.
         lr: peak learning rate of AdamW.
         weight_decay: of weights of convolutions.
-        method: "sampled" is the paper's, "relu_gate" and "perforated" are baselines; "sfp" and
-            "fpgm" set filters to zero while they train and remove them at the end.
-        filter_ratio: share of each layer's filters that "sfp" and "fpgm" take; or pass a budget.
-        filter_norm_ratio: the part of it that "fpgm" takes by norm; 0.1 of 0.3 is published.
         init: weights to start from: a checkpoint of sparsight, or a state_dict saved with torch,
             such as torchvision's.
         window: side of the square of sites that a hole sees.
@@ -92,7 +84,6 @@ def imagenet(
         FileNotFoundError: data or weights missing; says where to obtain them.
     """
     flags, distillation, hardware = shared_flags(
-        method="sampled",  # this recipe's own flag knows more methods
         **shared,
     )
     if data is None and not quick:
@@ -142,9 +133,7 @@ def imagenet(
         recipe,
         name="imagenet",
         dense=dense,
-        flags=replace(flags, method=method, sampling=replace(flags.sampling, window=window)),
-        filter_ratio=filter_ratio,
-        filter_norm_ratio=filter_norm_ratio,
+        flags=replace(flags, sampling=replace(flags.sampling, window=window)),
         init=init,
         distillation=distillation,
         lr=lr,

@@ -103,8 +103,6 @@ def moving_shapes(
         name="moving_shapes",
         dense=dense,
         flags=flags,
-        filter_ratio=None,
-        filter_norm_ratio=0.0,
         init=init,
         distillation=distillation,
         lr=lr,

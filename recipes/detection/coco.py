@@ -23,8 +23,12 @@ from sparsight.train.data import (
 from sparsight.train.detection_task import DetectionTask
 from sparsight.train.distillation import shared_flags
 from sparsight.train.evaluate_detection import measured_backbone_share, score_detector
+from sparsight.train.filter_pruning import pruning_of, remove_pruned_filters
+from sparsight.train.initial_weights import with_widths_of
 from sparsight.train.recipe import Recipe
 from sparsight.train.settling import measure_norms_again, settle
+
+_PRUNED_PART = "backbone.body"  # by --method sfp and fpgm; budgets of detectors are of backbones
 
 
 def coco(
@@ -88,7 +92,8 @@ def coco(
         deformable: deformable conv3 to conv5.
         pretrained: local file of torchvision's weights, of a classifier for the backbone, or of a
             detector; default: random weights.
-        init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model.
+        init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model, a
+            pruned one stays as narrow as it is.
         num_classes: background included; default 81 for COCO, labels in a row. 91, labels that are
             the category ids, suits torchvision's detector weights.
         is_norm_frozen: norms are constants; default: if `pretrained` is given.
@@ -126,6 +131,7 @@ def coco(
         a distributed run but the first.
 
     Raises:
+        ImportError: filters are to be pruned without the extra `sparsight[compress]`.
         ValueError: no data, a budget outside (0, 1], a budget and a weight at once, `pretrained`
             and `init` at once, or a checkpoint of another architecture.
         FileNotFoundError: data folders, weights or checkpoint missing.
@@ -158,16 +164,19 @@ def coco(
     if overfit_images is None:
         val_data = Coco(data, "val2017", num_classes=train_data.num_classes)
 
-    dense_architecture = DetectorArchitecture(
-        num_classes=train_data.num_classes,
-        backbone=backbone,
-        deformable=deformable,
-        is_norm_frozen=pretrained is not None if is_norm_frozen is None else is_norm_frozen,
-        trainable_layers=trainable_layers,
-        fpn_channels=fpn_channels,
-        head_channels=head_channels,
-        size=size,
-        first_sampled_layer=first_sampled_layer,
+    dense_architecture = with_widths_of(
+        DetectorArchitecture(
+            num_classes=train_data.num_classes,
+            backbone=backbone,
+            deformable=deformable,
+            is_norm_frozen=pretrained is not None if is_norm_frozen is None else is_norm_frozen,
+            trainable_layers=trainable_layers,
+            fpn_channels=fpn_channels,
+            head_channels=head_channels,
+            size=size,
+            first_sampled_layer=first_sampled_layer,
+        ),
+        init,
     )
     planned = flags.plan(
         size=size, dense=lambda: build_dense(dense_architecture).get_submodule("backbone.body")
@@ -195,6 +204,7 @@ def coco(
         lr=lr,
         scalar_lr_factor=scalar_lr_factor,
     )
+    pruning = pruning_of(flags, network, architecture.size, name="coco", part=_PRUNED_PART)
     recipe = Recipe(
         train_data=train_data,
         train_transform=detection_transform(is_training=overfit_images is None),
@@ -213,6 +223,7 @@ def coco(
         collate_fn=collate_detection,
         anneal_share=flags.anneal_share,
         remeasures_norms=flags.remeasures_norms,
+        callbacks=() if pruning is None else (pruning,),
         hardware=hardware,
         shows_progress=progress_bar,
     )
@@ -234,6 +245,11 @@ def coco(
         result |= settle(
             network, recipe, flags.budget, num_images=64, measure=measured_backbone_share
         )
+    if pruning is not None:
+        network, architecture, share = remove_pruned_filters(
+            network, architecture, part=_PRUNED_PART
+        )
+        result["pruned_share"] = share
     path = folder / "weights.safetensors"
     save_checkpoint(path, network, architecture)
     scored = score_detector(network, recipe.validation_batches(), data=val_data)

@@ -9,6 +9,7 @@ from sparsight.models.refinenet import BackboneName
 from sparsight.train.architecture import SegmentationModel, build_dense
 from sparsight.train.data import Cityscapes, SyntheticScenes, evaluation_transform
 from sparsight.train.distillation import shared_flags
+from sparsight.train.initial_weights import with_widths_of
 from sparsight.train.recipe import Recipe
 from sparsight.train.segmentation_choices import (
     Augmentation,
@@ -82,7 +83,8 @@ def cityscapes(
         loss: "cross_entropy", or "bootstrapped", FRRN's: of the worst sixteenth of each image.
         augmentation: "default" scales by .75 to 1.75, crops and flips; "refinenet" scales by .7 to
             1.3; "frrn" translates and changes the gamma instead.
-        init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model.
+        init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model, a
+            pruned one stays as narrow as it is.
         seed: of weights, order, augmentation and noise.
         out: folder for the results: weights.safetensors, result.json, last.ckpt, log/metrics.csv.
         resume: go on from `out`/last.ckpt; repeat the other flags.
@@ -124,16 +126,19 @@ def cityscapes(
     if quick:
         epochs, batch_size, num_workers, accumulate = 2, min(batch_size, 2), 0, 1
 
-    dense = segmentation_architecture(
-        model=model,
-        num_classes=len(train_data.classes),
-        size=size,
-        backbone=backbone,
-        is_dilated=is_dilated,
-        is_deformable=is_deformable,
-        fpn_channels=fpn_channels,
-        head_channels=head_channels,
-        channels=channels,
+    dense = with_widths_of(
+        segmentation_architecture(
+            model=model,
+            num_classes=len(train_data.classes),
+            size=size,
+            backbone=backbone,
+            is_dilated=is_dilated,
+            is_deformable=is_deformable,
+            fpn_channels=fpn_channels,
+            head_channels=head_channels,
+            channels=channels,
+        ),
+        init,
     )
     planned = flags.plan(size=size, dense=lambda: build_dense(dense))
     # A resized input is cropped in proportion, so that a crop shows as much of the scene.
@@ -168,11 +173,11 @@ def cityscapes(
         name="cityscapes segmentation",
         dense=dense,
         planned=planned,
-        budget=flags.budget,
+        flags=flags,
         lr=lr,
         init=init,
         loss=loss,
         distillation=distillation,
         resume=resume,
-        details={"method": flags.method, "loss": loss, "augmentation": augmentation},
+        details={"loss": loss, "augmentation": augmentation},
     )

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import nn
 
+from sparsight.compress import norms_behind
 from sparsight.nn.budget import BudgetController
 from sparsight.train import detection_task
 from sparsight.train.architecture import (
@@ -20,15 +21,20 @@ from sparsight.train.architecture import (
     build_dense,
     convert,
 )
+from sparsight.train.classification_task import ClassificationTask
 from sparsight.train.data import (
     Coco,
+    SyntheticClasses,
     SyntheticScenes,
+    cifar10_evaluation_transform,
+    cifar10_training_transform,
     collate_detection,
     detection_transform,
     evaluation_transform,
     training_transform,
 )
 from sparsight.train.detection_task import DetectionTask
+from sparsight.train.filter_pruning import FilterPruning
 from sparsight.train.hardware import Hardware
 from sparsight.train.recipe import Recipe
 from sparsight.train.tasks import SegmentationTask
@@ -107,6 +113,47 @@ def segmentation(out, hardware, batch_size, *, noise, norms_are_frozen):
     }
 
 
+def pruned_filters(out, hardware, batch_size, *, is_soft):
+    """Two epochs of two steps; a third of the filters is chosen before, and after each of them."""
+    architecture = Architecture(
+        model="resnet_cifar",
+        num_classes=4,
+        backbone="resnet8",
+        fpn_channels=None,
+        head_channels=None,
+        size=(32, 32),
+    )
+    torch.manual_seed(0)
+    network = build_dense(architecture)
+    task = ClassificationTask(network, architecture, lr=0.3)  # zeros outgrow others
+    ratio = {"norm_ratio": 0.3} if is_soft else {"norm_ratio": 0.1, "distance_ratio": 0.2}
+    norms = norms_behind(network.eval(), torch.zeros(1, 3, 32, 32))
+    pruning = FilterPruning(**ratio, is_soft=is_soft, norms=norms)
+    network.train()
+    history = []
+    choose = pruning.choose
+
+    def keeping(model, **how):
+        choose(model, **how)
+        history.append({name: chosen.tolist() for name, chosen in pruning.chosen.items()})
+
+    pruning.choose = keeping
+    recipe = Recipe(
+        train_data=SyntheticClasses(8, size=(32, 32), num_classes=4, seed=1),
+        train_transform=cifar10_training_transform(),
+        val_data=SyntheticClasses(4, size=(32, 32), num_classes=4, seed=2),
+        val_transform=cifar10_evaluation_transform(),
+        out=out,
+        epochs=2,
+        batch_size=batch_size,
+        shows_progress=False,
+        callbacks=[pruning],
+        hardware=hardware,
+    )
+    recipe.fit(task)
+    return {"history": history, "state": task.state_dict()}
+
+
 def detection(out, hardware, batch_size):
     """No learning: what is validated, by image."""
     scored = []
@@ -170,6 +217,8 @@ def distributed_runs(*, out: str, batch_size: int = 4, **hardware: Any) -> dict[
         "noisy": segmentation(
             folder / "noisy", saving, batch_size, noise="white", norms_are_frozen=False
         ),
+        "soft": pruned_filters(folder / "soft", plain, batch_size, is_soft=True),
+        "hard": pruned_filters(folder / "hard", plain, batch_size, is_soft=False),
         "detection": detection(folder, plain, batch_size),
     }
     torch.save(found, folder / f"{found['same']['rank']}.pt")

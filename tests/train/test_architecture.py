@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsight.compress import prune_filters
+from sparsight.compress import prune_channels, prune_filters
+from sparsight.convert import freeze
 from sparsight.nn import SampledBlock, Sampler
 from sparsight.nn.pooling import PooledConv2d
 from sparsight.train.architecture import (
@@ -17,6 +18,8 @@ from sparsight.train.architecture import (
     convert,
     pruned_architecture,
 )
+from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
+from sparsight.train.initial_weights import with_widths_of
 
 SMALL = Architecture(num_classes=3, fpn_channels=8, head_channels=8, size=(32, 48))
 
@@ -65,7 +68,7 @@ def test_a_pruned_architecture_is_rebuilt_as_narrow_as_it_is():
     assert pruned_architecture(cifar, build_dense(cifar)) == cifar
 
 
-@pytest.mark.parametrize("field", ["widths", "channels"])
+@pytest.mark.parametrize("field", ["widths", "selected", "channels"])
 def test_json_of_before_there_were_other_widths_is_read(field):
     values = SMALL.to_json()
     del values[field]
@@ -148,6 +151,7 @@ def test_differences_name_what_keeps_weights_from_fitting(wanted, stored, found)
 
 
 DETECTOR = DetectorArchitecture(num_classes=3, backbone="resnet18", size=(64, 96))
+SMALL_DETECTOR = replace(DETECTOR, fpn_channels=8, head_channels=16)
 
 
 def test_json_says_which_kind_of_model_it_describes():
@@ -215,3 +219,53 @@ def test_detectors_are_sampled_from_a_layer_on(first, expected, deformable):
 )
 def test_what_keeps_a_detectors_weights_from_fitting_is_named(wanted, stored, found):
     assert wanted.differences(stored) == found
+
+
+def test_branches_that_read_a_part_of_the_stream_are_rebuilt(tmp_path):
+    """Saved, loaded, sampled and frozen: what `prune_channels(branch_inputs=True)` returns."""
+    torch.manual_seed(0)
+    cifar = replace(SMALL, model="resnet_cifar", backbone="resnet8", size=(16, 16))
+    images = torch.randn(16, 3, 16, 16)
+    ratio = {"layer1.0.conv1:in": 0.5, "layer3.0.conv1:in": 0.25, "layer2.0.conv1": 0.5}
+    dense = build_dense(cifar).eval()
+    smaller = prune_channels(dense, images, ratio=ratio, branch_inputs=True)
+    pruned = pruned_architecture(cifar, smaller)
+    assert pruned.selected == {"layer1.0.conv1": 8, "layer3.0.conv1": 24}
+    assert pruned.widths is not None
+    assert pruned.widths["layer1.0.conv1.layer.weight"] == [16, 8, 3, 3]
+    assert not any("select" in name for name in pruned.widths)
+    assert Architecture.from_json(json.loads(json.dumps(pruned.to_json()))) == pruned
+    assert cifar.differences(pruned) == ["it is pruned"]
+    assert pruned_architecture(pruned, smaller) == pruned
+
+    save_checkpoint(tmp_path / "pruned.safetensors", smaller, pruned)
+    loaded, stored = load_checkpoint(tmp_path / "pruned.safetensors")
+    assert stored == pruned
+    expected = smaller(images)
+    assert torch.equal(loaded.eval()(images), expected)
+    frozen = freeze(loaded, example=images[:1])
+    torch.testing.assert_close(frozen(images), expected, rtol=1e-4, atol=1e-4)
+    assert with_widths_of(cifar, tmp_path / "pruned.safetensors") == pruned
+
+    sampled = replace(pruned, sampling=Sampling(grid_stride=None, window=3))
+    network, _ = load_checkpoint(tmp_path / "pruned.safetensors", expected=sampled)
+    blocks = [name for name, m in network.named_modules() if isinstance(m, SampledBlock)]
+    assert blocks == ["layer2.0"]  # what selects channels stays dense
+    save_checkpoint(tmp_path / "sampled.safetensors", network, sampled)
+    again, _ = load_checkpoint(tmp_path / "sampled.safetensors")
+    assert torch.equal(again.eval()(images), network.eval()(images))
+    frozen = freeze(again, example=images[:1])
+    torch.testing.assert_close(frozen(images), again(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_detectors_blocks_that_select_channels_stay_dense():
+    small = replace(
+        SMALL_DETECTOR,
+        selected={"backbone.body.layer2.1.conv1": 40},
+        widths={"backbone.body.layer2.1.conv1.layer.weight": [128, 40, 3, 3]},
+    )
+    sampled = replace(small, sampling=Sampling())
+    model = convert(build_dense(sampled), sampled)
+    names = [name for name, m in model.named_modules() if isinstance(m, SampledBlock)]
+    assert len(names) == 7 and "backbone.body.layer2.1" not in names
+    assert pruned_architecture(SMALL_DETECTOR, build_dense(small)) == small

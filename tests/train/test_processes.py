@@ -66,6 +66,25 @@ def test_all_processes_hold_the_same_bits(runs, name):
         assert torch.equal(second["state"][key], value), key
 
 
+@pytest.mark.parametrize("name", ["soft", "hard"])
+def test_all_processes_choose_the_same_filters(runs, name):
+    """From weights alone, which are equal; norms of the processes differ until validation."""
+    first, second = (run[name] for run in runs[1])
+    assert len(first["history"]) == 3  # before training, and after each epoch
+    assert first["history"] == second["history"]
+    if name == "soft":  # something was learnt that changed it
+        assert first["history"][0] != first["history"][-1]
+    assert first["history"][0] == runs[0][name]["history"][0]
+    for key, value in first["state"].items():
+        assert torch.equal(second["state"][key], value), key
+    chosen = first["history"][-1]["layer1.0.conv1"]
+    assert sum(chosen) == 4
+    weight = first["state"]["model.layer1.0.conv1.weight"]
+    mean = first["state"]["model.layer1.0.bn1.running_mean"]
+    assert (weight[torch.tensor(chosen)] == 0).all()
+    assert (mean[torch.tensor(chosen)] == 0).all()  # silent in all of them, at the end
+
+
 def test_no_two_processes_draw_the_same_noise(runs):
     draws = [draw for run in runs[1] for draw in run["noisy"]["noise"]]
     assert len({tuple(draw) for draw in draws}) == len(draws) == 12

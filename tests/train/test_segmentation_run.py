@@ -9,7 +9,8 @@ from sparsight.train.checkpoint import read_architecture
 from sparsight.train.data import SyntheticScenes, evaluation_transform, training_transform
 from sparsight.train.distillation import Distillation
 from sparsight.train.recipe import Recipe
-from sparsight.train.sampling import Sampling, plan
+from sparsight.train.sampling import Sampling
+from sparsight.train.sampling_flags import sampling_flags
 from sparsight.train.segmentation_run import train_segmentation
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet18")
@@ -19,19 +20,8 @@ DENSE = Architecture(num_classes=6, fpn_channels=8, head_channels=8, size=SIZE)
 
 
 def run(out, teacher=None, init=None, dense=DENSE, loss="cross_entropy", **keywords):
-    planned = plan(
-        **(
-            {
-                "method": "sampled",
-                "sampling": Sampling(),
-                "size": SIZE,
-                "budget": None,
-                "sampling_weight": None,
-                "dense": lambda: build_dense(dense),
-            }
-            | keywords
-        )
-    )
+    flags, _ = sampling_flags(**keywords)
+    planned = flags.plan(size=SIZE, dense=lambda: build_dense(dense))
     recipe = Recipe(
         train_data=SyntheticScenes(2, size=SIZE, seed=1),
         train_transform=training_transform(planned.size, ignore_index=255),
@@ -50,11 +40,10 @@ def run(out, teacher=None, init=None, dense=DENSE, loss="cross_entropy", **keywo
         dense=dense,
         loss=loss,
         planned=planned,
-        budget=keywords.get("budget"),
+        flags=flags,
         lr=1e-3,
         init=init,
         distillation=Distillation(teacher=teacher),
-        details={"method": keywords.get("method", "sampled")},
     )
 
 
@@ -72,8 +61,7 @@ def test_a_student_starts_from_and_learns_from_its_dense_teacher(tmp_path):
 
 @pytest.mark.parametrize("method", ["resized", "perforated", "relu_gate"])
 def test_a_baseline_is_a_run_like_any_other(tmp_path, method):
-    sampling = Sampling(interpolation="nearest")
-    result = run(tmp_path, method=method, budget=0.8, sampling=sampling)
+    result = run(tmp_path, method=method, budget=0.8, interpolation="nearest")
     assert result["method"] == method and 0 <= result["miou"] <= 1
     stored = read_architecture(tmp_path / "weights.safetensors")
     if method == "resized":
@@ -99,3 +87,16 @@ def test_frrn_is_trained_on_its_worst_pixels_and_sampled(tmp_path):
     stored = read_architecture(tmp_path / "weights.safetensors")
     assert (stored.model, stored.channels, stored.sampling) == ("frrn_a", 4, Sampling())
     assert len(result["density"]) == 2 * 23
+
+
+@pytest.mark.parametrize("method", ["sfp", "fpgm"])
+def test_filters_are_pruned_while_it_trains_and_are_removed(tmp_path, method):
+    result = run(tmp_path, method=method, filter_ratio=0.5)
+    stored = read_architecture(tmp_path / "weights.safetensors")
+    assert stored.sampling is None and stored.widths is not None
+    assert stored.widths["backbone.layer1.0.conv1.weight"][0] == 4
+    assert not any(name.startswith("classifier") and "bias" in name for name in stored.widths)
+    assert result["pruned_share"] < 0.9 and result["method"] == method
+    assert result["architecture"]["widths"] == stored.widths
+    with pytest.raises(ValueError, match=r"scenes: method='sampled' .*filter_ratio=0\.5; what is"):
+        run(tmp_path, filter_ratio=0.5)

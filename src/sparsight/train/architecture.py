@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 
 from sparsight.compress import narrow, shapes_of
+from sparsight.compress.load_pruned import insert_select
 from sparsight.models import (
     faster_rcnn,
     frrn_a,
@@ -21,6 +23,7 @@ from sparsight.models import (
     torchvision_resnet,
     torchvision_segmentation,
 )
+from sparsight.nn import ChannelSelect
 from sparsight.train.pooling import PoolingKind, apply_pooling
 from sparsight.train.sampling import Sampling, apply_sampling
 
@@ -78,6 +81,9 @@ class Architecture:
         sampling: None for a dense model.
         widths: of a pruned model, the shapes of the tensors that are smaller than those of the full
             model, by name in its dense state_dict; None for full width.
+        selected: of a pruned model, how many input channels those layers read that have a
+            `sparsight.nn.ChannelSelect` before them, by the layers' names in the full model; which
+            ones they are is part of the weights. None for no such layer.
     """
 
     model: ModelName = "semantic_fpn"
@@ -93,6 +99,7 @@ class Architecture:
     pools_strides: bool = False
     sampling: Sampling | None = None
     widths: dict[str, list[int]] | None = None
+    selected: dict[str, int] | None = None
 
     @property
     def task(self) -> Task:
@@ -116,7 +123,7 @@ class Architecture:
 
     def differences(self, other: AnyArchitecture) -> list[str]:
         """Return what keeps weights of `other` from fitting; the image size does not."""
-        return _differences(self, other, ignored=("size", "sampling", "widths"))
+        return _differences(self, other, ignored=("size", "sampling", "widths", "selected"))
 
 
 DetectorBackbone = Literal[
@@ -142,6 +149,7 @@ class DetectorArchitecture:
             of conv3_x to conv5_x (layer2 to layer4); up to 4.
         sampling: None for a dense model.
         widths: of a pruned model, as for `Architecture`.
+        selected: of a pruned model, as for `Architecture`.
     """
 
     model: Literal["faster_rcnn"] = "faster_rcnn"
@@ -156,6 +164,7 @@ class DetectorArchitecture:
     first_sampled_layer: int = 1
     sampling: Sampling | None = None
     widths: dict[str, list[int]] | None = None
+    selected: dict[str, int] | None = None
 
     @property
     def task(self) -> Task:
@@ -176,7 +185,7 @@ class DetectorArchitecture:
 
         Norms that were trained may be frozen, not the other way round.
         """
-        ignored = ["size", "sampling", "widths", "trainable_layers"]
+        ignored = ["size", "sampling", "widths", "selected", "trainable_layers"]
         if self.is_norm_frozen:
             ignored.append("is_norm_frozen")
         if self.sampling is None or other.sampling is None:
@@ -184,18 +193,22 @@ class DetectorArchitecture:
         return _differences(self, other, ignored=ignored)
 
     def is_sampled_block(self, name: str, module: nn.Module) -> bool:
-        """Whether `sparsify` is to select a module of this name; its argument `where`."""
+        """Whether `sparsify` is to select a module of this name; its argument `where`.
+
+        Blocks that read a part of the stream only cannot be sampled, and stay dense.
+        """
         layers = range(self.first_sampled_layer, 5)
         parts = name.split(".")
         return (
             len(parts) == 4
             and parts[:2] == ["backbone", "body"]
             and parts[2] in {f"layer{i}" for i in layers}
+            and not any(isinstance(part, ChannelSelect) for part in module.modules())
         )
 
 
 AnyArchitecture = Architecture | DetectorArchitecture
-_ADDED_LATER = {"is_deformable", "channels", "pooling", "pools_strides", "widths"}
+_ADDED_LATER = {"is_deformable", "channels", "pooling", "pools_strides", "widths", "selected"}
 _LEAST_SIDE = 8  # of an input, in pixels: below, resizing and strides of 32 leave nothing to see
 
 
@@ -231,9 +244,10 @@ def _differences(
         for field in fields(own)
         if field.name not in ignored and getattr(own, field.name) != getattr(other, field.name)
     ]
-    if own.widths != other.widths:
+    if (own.widths, own.selected) != (other.widths, other.selected):
         # Not the shapes themselves: there is one for every layer.
-        found.append("it is pruned" if own.widths is None else "its layers have other widths")
+        is_full = own.widths is None and own.selected is None
+        found.append("it is pruned" if is_full else "its layers have other widths")
     if other.sampling is not None and own.sampling is None:
         found.append("it is sampled, not dense")
     elif other.sampling is not None and own.sampling is not None:
@@ -253,7 +267,7 @@ def build_dense(architecture: AnyArchitecture) -> nn.Module:
         -> (B, num_classes), clips (B, 1, T, H, W); torchvision's detector, which takes a list of
         images.
     """
-    model = _build_full(architecture)
+    model = _with_selects(_build_full(architecture), architecture.selected)
     if architecture.widths is not None:
         narrow(model, architecture.widths)
     return model
@@ -266,9 +280,21 @@ def pruned_architecture(architecture: AnyArchitecture, pruned: nn.Module) -> Any
         architecture: that the model was built from, pruned before or not.
         pruned: its dense model, with fewer channels.
     """
-    full = shapes_of(_build_full(architecture))
+    selected = {
+        name.removesuffix(".select"): len(module.channels)
+        for name, module in pruned.named_modules()
+        if isinstance(module, ChannelSelect)
+    }
+    full = shapes_of(_with_selects(_build_full(architecture), selected))
     widths = {name: shape for name, shape in shapes_of(pruned).items() if shape != full.get(name)}
-    return replace(architecture, widths=widths or None)
+    return replace(architecture, widths=widths or None, selected=selected or None)
+
+
+def _with_selects(model: nn.Module, selected: Mapping[str, int] | None) -> nn.Module:
+    """Put a `ChannelSelect` of the first channels before each of these layers of `model`."""
+    for name, count in (selected or {}).items():
+        insert_select(model, name, torch.arange(count))
+    return model
 
 
 def _build_full(architecture: AnyArchitecture) -> nn.Module:

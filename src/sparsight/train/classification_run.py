@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 
-from sparsight.compress import remove_zero_filters
-from sparsight.measure import count_macs
-from sparsight.train.architecture import Architecture, build_dense, pruned_architecture
+from sparsight.train.architecture import Architecture, build_dense
 from sparsight.train.checkpoint import save_checkpoint, write_atomically
 from sparsight.train.classification_task import ClassificationTask
 from sparsight.train.distillation import Distillation
 from sparsight.train.evaluate_classification import score_classification
-from sparsight.train.filter_pruning import plan_filter_pruning
+from sparsight.train.filter_pruning import pruning_of, remove_pruned_filters
 from sparsight.train.initial_weights import initial_network, with_widths_of
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling_flags import SamplingFlags
@@ -33,8 +30,6 @@ def run_classification(
     name: str,
     dense: Architecture,
     flags: SamplingFlags,
-    filter_ratio: float | None,
-    filter_norm_ratio: float,
     init: str | None,
     distillation: Distillation,
     lr: float,
@@ -49,8 +44,6 @@ def run_classification(
         dense: architecture of the dense model at full size.
         flags: what it is to compute, and at what price; of the methods one that keeps the size of
             the images.
-        filter_ratio: of the methods "sfp" and "fpgm", see `plan_filter_pruning`.
-        filter_norm_ratio: of "fpgm".
         init: weights to start from, see `initial_network`; of a pruned network the widths too.
         distillation: whom the network learns from beside the labels, and how.
         lr: peak learning rate.
@@ -71,13 +64,11 @@ def run_classification(
             f"{name}: method='resized'; the transforms of this recipe fix the size of the images; "
             "pass --size, with a dense model, instead."
         )
-    full, dense = dense, with_widths_of(dense, init)
-    prunes = flags.method in ("sfp", "fpgm")
-    if (prunes and flags.sampling_weight is not None) or (not prunes and filter_ratio is not None):
+    dense = with_widths_of(dense, init)
+    if dense.task == "video" and flags.method in ("sfp", "fpgm"):
         raise ValueError(
-            f"{name}: method={flags.method!r} with sampling_weight={flags.sampling_weight} and "
-            f"filter_ratio={filter_ratio}; what is pruned has no price, and what is sampled no "
-            "filters to choose; drop one of them."
+            f"{name}: method={flags.method!r} for clips; 2-D convolutions are required, whose "
+            "filters are chosen; leave --method out."
         )
     planned = flags.plan(size=dense.size, dense=lambda: build_dense(dense))
     architecture = dataclasses.replace(dense, sampling=planned.sampling)
@@ -87,20 +78,12 @@ def run_classification(
         network,
         architecture,
         objective=planned.objective,
-        distiller=distillation.distiller(network, full),
+        distiller=distillation.distiller(network, dense),
         lr=lr,
         weight_decay=weight_decay,
     )
-    example = torch.zeros(1, 3, *dense.size)
-    if flags.method == "sfp" or flags.method == "fpgm":
-        pruning = plan_filter_pruning(
-            flags.method,
-            network,
-            example,
-            ratio=filter_ratio,
-            norm_ratio=filter_norm_ratio,
-            budget=flags.budget,
-        )
+    pruning = pruning_of(flags, network, dense.size, name=name)
+    if pruning is not None:
         recipe = dataclasses.replace(recipe, callbacks=[*recipe.callbacks, pruning])
     if not recipe.fit(task, resume=resume):
         return {}
@@ -117,12 +100,9 @@ def run_classification(
     if planned.settles:
         assert flags.budget is not None
         result |= settle(network, recipe, flags.budget, num_images=_NUM_SETTLING_IMAGES)
-    if prunes:
-        macs = count_macs(network, example).total
-        network = remove_zero_filters(network, example)
-        architecture = pruned_architecture(architecture, network)
-        assert isinstance(architecture, Architecture)
-        result["pruned_share"] = count_macs(network, example).total / macs
+    if pruning is not None:
+        network, architecture, share = remove_pruned_filters(network, architecture)
+        result["pruned_share"] = share
     path = recipe.out / "weights.safetensors"
     dataset = getattr(recipe.val_data, "name", None)  # what is drawn has none
     save_checkpoint(path, network, architecture, dataset=dataset)

@@ -112,8 +112,8 @@ def load_teacher(path: str | Path, *, like: AnyArchitecture) -> nn.Module:
     Args:
         path: a *.safetensors checkpoint of sparsight, of any architecture for the same task, dense
             or sampled; or a state_dict saved with torch (*.pt, *.pth), of a CIFAR ResNet of any
-            depth where the student is one, otherwise of the student's own dense architecture. For a
-            detector a checkpoint of sparsight is required.
+            depth where the student is one, otherwise of the student's own dense architecture, at
+            full width. For a detector a checkpoint of sparsight is required.
         like: architecture of the student.
 
     Raises:
@@ -127,7 +127,8 @@ def load_teacher(path: str | Path, *, like: AnyArchitecture) -> nn.Module:
         network = load_resnet_cifar(path)
         teacher, task, num_classes = network, like.task, network.linear.out_features
     else:
-        return initial_network(replace(like, sampling=None), path)
+        full = replace(like, sampling=None, widths=None, selected=None)
+        return initial_network(full, path)
     fits = task == like.task and (task == "detection" or num_classes == like.num_classes)
     if not fits:
         raise ValueError(

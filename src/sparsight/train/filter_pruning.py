@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning as L
 import torch
@@ -13,13 +13,19 @@ from sparsight.compress import (
     find_channel_groups,
     fitting_ratio,
     norms_behind,
+    remove_zero_filters,
     weakest_filters,
 )
 from sparsight.compress.filter_importance import filters_of
+from sparsight.measure import count_macs
 from sparsight.nn.evaluating import evaluating
+from sparsight.train.architecture import AnyArchitecture, pruned_architecture
+from sparsight.train.sampling_flags import SamplingFlags
 
 Where = Callable[[str, nn.Module], bool]
 FilterMethod = Literal["sfp", "fpgm"]
+Kind = TypeVar("Kind", bound=AnyArchitecture)
+_LARGEST_SIDE = 256  # pixels; tracing keeps what a backward pass would need
 
 
 def is_not_shortcut(name: str, module: nn.Module) -> bool:
@@ -188,6 +194,7 @@ def plan_filter_pruning(
     ratio: float | None,
     norm_ratio: float = 0.0,
     budget: float | None = None,
+    part: str = "",
 ) -> FilterPruning:
     """Return the callback that a recipe's flags ask for.
 
@@ -199,6 +206,12 @@ def plan_filter_pruning(
         norm_ratio: of "fpgm", the part of `ratio` that is taken by norm.
         budget: instead of `ratio`, share of the model's multiply-adds that the network is to need
             once its zero filters are removed; those of the residual stream stay.
+        part: name of the submodule of `model` whose filters are pruned, and whose multiply-adds the
+            budget is of; it is called with the example. Default: all of the model.
+
+    Returns:
+        The callback, for all convolutions but those of shortcuts, those whose channels are outputs,
+        and those that do not learn.
 
     Raises:
         ValueError: neither or both of `ratio` and `budget`, or one out of range; `norm_ratio` with
@@ -216,7 +229,7 @@ def plan_filter_pruning(
                 f"plan: budget={budget} with method={method!r}; a share of the dense MACs in "
                 "(0, 1) is required; pass 0.7 to save 30 %."
             )
-        ratio = fitting_ratio(model, example, speedup=1 / budget)
+        ratio = fitting_ratio(model.get_submodule(part), example, speedup=1 / budget)
     assert ratio is not None
     if norm_ratio and (method == "sfp" or not 0 < norm_ratio <= ratio):
         raise ValueError(
@@ -224,11 +237,97 @@ def plan_filter_pruning(
             f"{ratio:.3g}; it is the part of FPGM's filters that their norm decides; pass at most "
             "the ratio, with --method fpgm."
         )
-    find_channel_groups(model, example)  # what could not remove them is to fail before training
-    with evaluating(model):
-        norms = norms_behind(model, example)
+    inside, prefix = model.get_submodule(part), f"{part}." if part else ""
+    # What could not remove them is to fail before training.
+    groups = find_channel_groups(inside, example)
+    outputs = {name for group in groups if not group.consumers for name in group.producers}
+    with evaluating(inside):
+        norms = norms_behind(inside, example)
+
+    def takes_part(name: str, module: nn.Module) -> bool:
+        return (
+            name.startswith(prefix)
+            and name.removeprefix(prefix) not in outputs
+            and is_not_shortcut(name, module)
+            and any(parameter.requires_grad for parameter in module.parameters())
+        )
+
+    settings: dict[str, Any] = {
+        "where": takes_part,
+        "norms": {prefix + conv: prefix + norm for conv, norm in norms.items()},
+    }
     if method == "sfp":
-        return FilterPruning(norm_ratio=ratio, norms=norms)
+        return FilterPruning(norm_ratio=ratio, **settings)
     return FilterPruning(
-        norm_ratio=norm_ratio, distance_ratio=ratio - norm_ratio, is_soft=False, norms=norms
+        norm_ratio=norm_ratio, distance_ratio=ratio - norm_ratio, is_soft=False, **settings
     )
+
+
+def pruning_of(
+    flags: SamplingFlags, network: nn.Module, size: tuple[int, int], *, name: str, part: str = ""
+) -> FilterPruning | None:
+    """Return the callback that a run's flags ask for; None where its method prunes no filters.
+
+    Args:
+        flags: of the run.
+        network: that is going to be trained; not changed.
+        size: (height, width) of its input in pixels; shares are counted at 256 at most.
+        name: of the run, for messages.
+        part: see `plan_filter_pruning`.
+
+    Raises:
+        ValueError: flags that contradict each other, also as for `plan_filter_pruning`.
+        ImportError: the extra `sparsight[compress]` is not installed.
+    """
+    prunes = flags.method in ("sfp", "fpgm")
+    if (prunes and flags.sampling_weight is not None) or (
+        not prunes and flags.filter_ratio is not None
+    ):
+        raise ValueError(
+            f"{name}: method={flags.method!r} with sampling_weight={flags.sampling_weight} and "
+            f"filter_ratio={flags.filter_ratio}; what is pruned has no price, and what is sampled "
+            "no filters to choose; drop one of them."
+        )
+    if flags.method != "sfp" and flags.method != "fpgm":
+        return None
+    return plan_filter_pruning(
+        flags.method,
+        network,
+        _example_at(size),
+        ratio=flags.filter_ratio,
+        norm_ratio=flags.filter_norm_ratio,
+        budget=flags.budget,
+        part=part,
+    )
+
+
+def remove_pruned_filters(
+    network: nn.Module, architecture: Kind, *, part: str = ""
+) -> tuple[nn.Module, Kind, float]:
+    """Return a trained network without its zero filters, its architecture, and what is left.
+
+    Args:
+        network: in eval mode, on the CPU; where a part of it is pruned, it is changed.
+        architecture: of the network.
+        part: see `plan_filter_pruning`.
+
+    Returns:
+        Network, architecture, and share of the multiply-adds of the part.
+    """
+    example = _example_at(architecture.size)
+    inside = network.get_submodule(part)
+    before = count_macs(inside, example).total
+    smaller = remove_zero_filters(inside, example)
+    share = count_macs(smaller, example).total / before
+    if part:
+        parent, _, attribute = part.rpartition(".")
+        setattr(network.get_submodule(parent), attribute, smaller)
+    else:
+        network = smaller
+    narrow: Any = pruned_architecture(architecture, network)
+    return network, narrow, share
+
+
+def _example_at(size: tuple[int, int]) -> Tensor:
+    height, width = (min(side, _LARGEST_SIDE) for side in size)
+    return torch.zeros(1, 3, height, width)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
 from sparsight.models import read_state_dict
-from sparsight.train.architecture import Architecture, build_dense, convert
+from sparsight.train.architecture import (
+    AnyArchitecture,
+    Architecture,
+    build_dense,
+    convert,
+)
 from sparsight.train.checkpoint import load_checkpoint, read_architecture
 
+Kind = TypeVar("Kind", bound=AnyArchitecture)
 
-def with_widths_of(architecture: Architecture, init: str | Path | None) -> Architecture:
+
+def with_widths_of(architecture: Kind, init: str | Path | None) -> Kind:
     """Return `architecture` as narrow as the network that `init` holds: a pruned one stays so.
 
     Args:
@@ -24,7 +32,8 @@ def with_widths_of(architecture: Architecture, init: str | Path | None) -> Archi
     """
     if init is None or Path(init).suffix != ".safetensors":
         return architecture
-    return replace(architecture, widths=read_architecture(init).widths)
+    stored = read_architecture(init)
+    return replace(architecture, widths=stored.widths, selected=stored.selected)
 
 
 def initial_network(architecture: Architecture, init: str | Path | None) -> nn.Module:

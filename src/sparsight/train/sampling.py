@@ -32,8 +32,8 @@ from sparsight.nn.budget import BudgetController, SamplingPrice, ShareWeights, c
 
 Where = Callable[[str, nn.Module], bool]
 Method = Literal["sampled", "resized", "relu_gate", "perforated"]
-# What classification has beside; sfp and fpgm prune filters (`sparsight.train.filter_pruning`).
-ClassificationMethod = Literal["sampled", "resized", "relu_gate", "perforated", "sfp", "fpgm"]
+# What recipes have beside: sfp and fpgm prune filters (`sparsight.train.filter_pruning`).
+RecipeMethod = Literal["sampled", "resized", "relu_gate", "perforated", "sfp", "fpgm"]
 SamplerKind = Literal["gumbel", "relu_gate", "perforated"]
 InterpolationKind = Literal["rbf", "conv", "average", "nearest"]
 Layout = Literal["a", "b", "c"]

@@ -11,12 +11,11 @@ from torch import nn
 from sparsight.nn.budget import ShareWeights
 from sparsight.train.hardware import Hardware
 from sparsight.train.sampling import (
-    ClassificationMethod,
     InterpolationKind,
     Layout,
-    Method,
     Noise,
     Plan,
+    RecipeMethod,
     Sampling,
     plan,
 )
@@ -28,7 +27,9 @@ class SamplingFlags:
 
     Attributes:
         method: the paper's, or a baseline; see `plan`. "sfp" and "fpgm" prune filters, see
-            `plan_filter_pruning`, and are for classification.
+            `plan_filter_pruning`.
+        filter_ratio: of "sfp" and "fpgm"; None for what the budget asks for.
+        filter_norm_ratio: of "fpgm".
         sampling: how the dense model is converted.
         budget: share of the dense MACs; None for none.
         sampling_weight: fixed price instead; None for none.
@@ -37,7 +38,9 @@ class SamplingFlags:
         remeasures_norms: the norms' statistics are measured again after training.
     """
 
-    method: ClassificationMethod
+    method: RecipeMethod
+    filter_ratio: float | None
+    filter_norm_ratio: float
     sampling: Sampling
     budget: float | None
     sampling_weight: float | None
@@ -65,7 +68,9 @@ class SamplingFlags:
 
 def sampling_flags(
     *,
-    method: Method = "sampled",
+    method: RecipeMethod = "sampled",
+    filter_ratio: float | None = None,
+    filter_norm_ratio: float = 0.0,
     budget: float | None = None,
     sampling_weight: float | None = None,
     weights: ShareWeights = "macs",
@@ -85,8 +90,12 @@ def sampling_flags(
         method: "sampled", the paper's; or a baseline: "resized" (the dense model on an input that
             meets the budget; `size` is the full one; not for classification), "relu_gate" (computed
             where an activation is positive, zeros elsewhere), "perforated" (fixed patterns; the
-            paper behind it fills with `interpolation="nearest"`). The deterministic baseline is
+            paper behind it fills with `interpolation="nearest"`), "sfp" and "fpgm" (filters are set
+            to zero while they train, and removed at the end). The deterministic baseline is
             "sampled" with `noise="none"`.
+        filter_ratio: share of each layer's filters that "sfp" and "fpgm" take, of a detector those
+            of its ResNet; or pass a budget.
+        filter_norm_ratio: the part of it that "fpgm" takes by norm; 0.1 of 0.3 is published.
         budget: share of the dense model's MACs to compute, in (0, 1], everything counted; of a
             detector the backbone's. None: a dense model, unless `sampling_weight` is given.
         sampling_weight: fixed weight of the expected share instead of a budget, as published.
@@ -111,6 +120,8 @@ def sampling_flags(
     """
     flags = SamplingFlags(
         method=method,
+        filter_ratio=filter_ratio,
+        filter_norm_ratio=filter_norm_ratio,
         sampling=Sampling(
             layout=layout,
             noise=noise,

@@ -12,8 +12,10 @@ from sparsight.train.architecture import Architecture, build_dense, convert
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from sparsight.train.distillation import Distillation
 from sparsight.train.evaluate import score
+from sparsight.train.filter_pruning import pruning_of, remove_pruned_filters
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import Plan
+from sparsight.train.sampling_flags import SamplingFlags
 from sparsight.train.segmentation_choices import Loss, pixel_loss
 from sparsight.train.settling import measure_norms_again, settle
 from sparsight.train.tasks import SegmentationTask
@@ -28,7 +30,7 @@ def train_segmentation(
     name: str,
     dense: Architecture,
     planned: Plan,
-    budget: float | None,
+    flags: SamplingFlags,
     lr: float,
     init: str | None = None,
     distillation: Distillation | None = None,
@@ -43,8 +45,8 @@ def train_segmentation(
             `ignore_index`.
         name: of the task, for the result.
         dense: the dense architecture at its full size.
-        planned: what `sparsight.train.plan` made of the flags.
-        budget: share of the dense MACs, for the result and where `planned.settles`.
+        planned: what `flags.plan` returned.
+        flags: what the network is to compute, and at what price.
         lr: peak learning rate.
         init: checkpoint to start from.
         distillation: whom the network learns from beside the annotations, and how; None for those
@@ -59,7 +61,8 @@ def train_segmentation(
         all processes of a distributed run but the first, which alone does what follows training.
 
     Raises:
-        ValueError: a checkpoint of another architecture.
+        ValueError: a checkpoint of another architecture, or flags that contradict each other.
+        ImportError: filters are to be pruned without the extra `sparsight[compress]`.
         FileNotFoundError: a checkpoint, or the state to resume, is missing.
     """
     data: Any = recipe.val_data
@@ -79,6 +82,9 @@ def train_segmentation(
         lr=lr,
         distiller=distiller,
     )
+    pruning = pruning_of(flags, network, architecture.size, name=name)
+    if pruning is not None:
+        recipe = dataclasses.replace(recipe, callbacks=[*recipe.callbacks, pruning])
     if not recipe.fit(task, resume=resume):
         return {}
 
@@ -87,13 +93,17 @@ def train_segmentation(
         "task": name,
         "seed": recipe.seed,
         "epochs": recipe.epochs,
-        "budget": budget,
+        "method": flags.method,
+        "budget": flags.budget,
         **(details or {}),
     }
     measure_norms_again(network, recipe, num_images=_NUM_NORM_IMAGES)
     if planned.settles:
-        assert budget is not None
-        result |= settle(network, recipe, budget, num_images=_NUM_SETTLING_IMAGES)
+        assert flags.budget is not None
+        result |= settle(network, recipe, flags.budget, num_images=_NUM_SETTLING_IMAGES)
+    if pruning is not None:
+        network, architecture, share = remove_pruned_filters(network, architecture)
+        result["pruned_share"] = share
     weights = recipe.out / "weights.safetensors"
     save_checkpoint(weights, network, architecture, dataset=getattr(data, "name", None))
     scored = score(
