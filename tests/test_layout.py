@@ -55,8 +55,10 @@ HOMES = {
     # What finds residual blocks (convert) knows them by their children, so that timm's match too.
     "torchvision": [
         "models/faster_rcnn.py",
+        "models/mask_proposals.py",
         "models/refinenet.py",
         "models/semantic_fpn.py",
+        "models/stride8_trunks.py",
         "models/torchvision_resnet.py",
         "models/torchvision_segmentation.py",
         "train/data",
