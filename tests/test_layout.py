@@ -46,7 +46,11 @@ HOMES = {
     "pytorch_lightning": ["train"],
     "torchmetrics": ["train"],
     "jsonargparse": ["cli.py"],
-    "faster_coco_eval": ["train/average_precision.py"],
+    "faster_coco_eval": [
+        "train/average_precision.py",
+        "train/average_recall.py",
+        "train/data/mask_rle.py",
+    ],
     "matplotlib": ["train/pictures.py"],
     "onnx": ["export/onnx.py"],
     "onnxruntime": ["export/onnx.py"],
@@ -66,6 +70,7 @@ HOMES = {
     "timm": ["models/faster_rcnn.py", "train/data"],
     "torch_pruning": ["compress/channel_groups.py"],
     "sklearn": ["compress/lasso.py"],
+    "scipy": ["train/data/voc.py"],
     "openvino": [],  # a rival in bench/, never a dependency
     "pycocotools": [],  # what tests compare with
 }

@@ -97,7 +97,7 @@ class LossSums:
             return
         weight = sample.weight[chosen][:, None, None]
         owners, which = sample.owner[chosen].unique(return_inverse=True)
-        map_size = tuple(objectness.shape)
+        map_size = objectness.shape[0], objectness.shape[1]
         cells = mask_cells(masks[owners], size=size, map_size=map_size)
         # One map for each object, and one bin: the target is cut out as the windows are.
         wanted = assemble_windows(
