@@ -155,10 +155,10 @@ def instance_fcn(
             data = str(drawn)
     if data is None:
         raise ValueError(
-            "instance_fcn: no data folder was given; one with "
-            "annotations/instances_{train,val}2017.json, train2017/ and val2017/, or, for --dataset "
-            "voc, with VOCdevkit/VOC2012/, is required; pass --data DIR, or --quick true to run on drawn "
-            "scenes."
+            "instance_fcn: no data folder was given; COCO's, with "
+            "annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/ "
+            "and val2017/, or, for --dataset voc, VOC's, with VOCdevkit/VOC2012/, is required; "
+            "pass --data DIR, or --quick true to run on drawn scenes."
         )
     train_data = _training_images(data, dataset, sbd, overfit_images)
     val_data: Coco | Voc = train_data
