@@ -382,7 +382,8 @@ def instance_fcn(
             torchvision's attributes, which is dilated in place; or a module with the integer
             `out_channels` that maps (B, 3, H, W), sides multiples of 8, to (B, out_channels, H / 8,
             W / 8).
-        num_stages: of a ResNet: 3 leaves out layer4, four fifths of the cost of a ResNet-18.
+        num_stages: of a ResNet: 3 leaves out layer4, 2 layer3 too, which at stride 8 are most of
+            the cost.
         is_norm_frozen: norms of a ResNet asked for by name are constants, for weights that were
             trained before.
         head_channels: width of both branches; 512 as published.

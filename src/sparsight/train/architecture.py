@@ -204,7 +204,7 @@ class ProposalArchitecture:
     Attributes:
         model: "instance_fcn".
         backbone: "vgg16", or torchvision's name of a ResNet.
-        num_stages: of a ResNet, 3 or 4.
+        num_stages: of a ResNet, 2 to 4.
         is_norm_frozen: norms of a ResNet are constants.
         k: bins a side of a window.
         m: cells a side of a window.
