@@ -83,7 +83,7 @@ def instance_fcn(
         sbd: of VOC: folder of SBD, whose "train_noval" images are trained on, as published, instead
             of the 1,464 of VOC's own "train".
         backbone: "vgg16" as published, or a ResNet of torchvision at stride 8.
-        num_stages: of a ResNet: 3 leaves out layer4, most of the cost.
+        num_stages: of a ResNet: 3 leaves out layer4, 2 layer3 too, most of the cost.
         pretrained: local file of torchvision's weights of the backbone; default: random weights.
         init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model.
         is_norm_frozen: norms of a ResNet are constants; default: if `pretrained` is given.

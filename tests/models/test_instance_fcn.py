@@ -1,5 +1,6 @@
 """InstanceFCN: its published counts, its contract, what it proposes, sampled and frozen."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -151,7 +152,8 @@ def test_padding_to_the_largest_image_of_the_batch_gives_no_windows(monkeypatch)
         labelled.append(tuple(labels.shape))
         return draw_windows(labels, num_windows)
 
-    monkeypatch.setattr("sparsight.models.instance_fcn.draw_windows", draw)
+    # By its name in sparsight.models the module is hidden behind its function.
+    monkeypatch.setattr(sys.modules["sparsight.models.instance_fcn"], "draw_windows", draw)
     model = drawn().train()
     image, target = scene(0)
     _, wider = scene(0, size=(48, 96))
