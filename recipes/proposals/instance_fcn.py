@@ -12,6 +12,7 @@ import lightning as L
 
 from sparsight.models.instance_fcn import SCALES
 from sparsight.models.stride8_trunks import load_trunk_weights
+from sparsight.models.window_sampling import WindowRule
 from sparsight.train.architecture import ProposalArchitecture, build_dense, convert
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from sparsight.train.data import (
@@ -44,6 +45,7 @@ def instance_fcn(
     head_channels: int = 512,
     size: tuple[int, int] = (600, 1200),
     scales: tuple[float, ...] | list[float] = SCALES,
+    positive_octaves: float = 0.3,
     steps: int = 40_000,
     epochs: int | None = None,
     batch_size: int = 1,
@@ -94,6 +96,9 @@ def instance_fcn(
             600x1200.
         scales: factors on the size: one for each training image, drawn; all at inference. As
             published 0.1975,0.2963,0.4444,0.6667,1,1.5.
+        positive_octaves: how far the size of an object may be from the window's, as a power of 2,
+            for it to be learnt there: half the distance of the scales or more, or objects between
+            two scales are learnt at neither.
         steps: optimiser steps; 40,000 as published. Rounded to whole epochs.
         epochs: passes over the training images instead.
         batch_size: images per process and micro-batch, which share a scale. Published are 8 images
@@ -194,6 +199,8 @@ def instance_fcn(
         if pretrained is not None:
             load_trunk_weights(dense.get_submodule("network.backbone"), pretrained)
         network = convert(dense, architecture)
+    proposer: Any = network
+    proposer.rule = WindowRule(positive_octaves=positive_octaves)
     task = ProposalTask(
         network,
         architecture,

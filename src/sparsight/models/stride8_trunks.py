@@ -131,7 +131,7 @@ def named_trunk(
         caller: for messages.
 
     Raises:
-        ValueError: another name, a number of stages outside 2 to 4, or settings of a ResNet for VGG.
+        ValueError: another name, stages outside 2 to 4, or settings of a ResNet for VGG.
     """
     if name not in TRUNK_NAMES:
         raise ValueError(

@@ -227,6 +227,7 @@ def _read_mat(path: Path) -> tuple[np.ndarray, list[int]]:
     """The map of objects, from 1, and their categories."""
     try:
         from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "Voc: SBD's annotations are Matlab's files, which scipy reads, and it is not "
@@ -235,7 +236,7 @@ def _read_mat(path: Path) -> tuple[np.ndarray, list[int]]:
     try:
         found = loadmat(path)["GTinst"][0]
         return found["Segmentation"][0], [int(c) for c in np.ravel(found["Categories"][0])]
-    except (KeyError, IndexError, ValueError, TypeError, NotImplementedError) as error:
+    except (MatReadError, LookupError, ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(
             f"Voc: {str(path)!r} holds no objects ({error}); GTinst with Segmentation and "
             f"Categories is required; {_WHERE}."
