@@ -63,7 +63,7 @@ bench: $(STAMP)
 	measure() { echo "== $$*"; \
 	  $(BIN)/python bench/"$$1".py --out "$$out" "$${@:2}" $(BENCH_ARGS) || failed="$$failed $$1"; }; \
 	measure block; measure network; measure overhead; measure memory; measure crossover; measure roofline; \
-	measure training_step; measure training_step --dtype bfloat16; measure pool; \
+	measure training_step; measure training_step --dtype bfloat16; measure pool; measure assemble; \
 	measure block --dtype bfloat16; measure network --dtype bfloat16 --only features; \
 	case "$(BENCH_ARGS)" in *--quick*) measure compress;; esac; \
 	echo "== report"; $(BIN)/python bench/report.py --json "$$out" || failed="$$failed report"; \

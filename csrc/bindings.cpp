@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "assemble.h"
 #include "buffers.h"
 #include "deform_conv.h"
 #include "kernels.h"
@@ -124,6 +125,13 @@ SoftPoolArrays pool_arrays(const std::vector<int64_t>& v, uintptr_t input) {
   for (int field = 0; field < 6; ++field)
     for (int axis = 0; axis < 3; ++axis) fields[field][axis] = v[3 + 3 * field + axis];
   return a;
+}
+
+// Shape and strides of the maps, then how many windows, of what size, whether centred.
+AssembleArrays assemble_arrays(const std::vector<int64_t>& v, uintptr_t windows) {
+  if (v.size() != 11) throw std::invalid_argument("an assembling needs 11 integers");
+  return {v[0], v[1], v[2],      v[3], {v[4], v[5], v[6], v[7]}, ptr<const int64_t>(windows),
+          v[8], v[9], v[10] != 0};
 }
 
 // The table that a block's `spec` asks for.
@@ -310,6 +318,20 @@ NB_MODULE(_kernels, m) {
           nb::gil_scoped_release release;
           soft_pool_backward(table, arrays, ptr<const void>(grad), detached, ptr<void>(grad_input),
                              num_threads);
+        });
+  m.def("assemble", [](uintptr_t maps, uintptr_t windows, uintptr_t output,
+                       std::vector<int64_t> numbers, int64_t element_size, int num_threads) {
+    const AssembleArrays arrays = assemble_arrays(numbers, windows);
+    nb::gil_scoped_release release;
+    return assemble(arrays, ptr<const void>(maps), ptr<void>(output), element_size, num_threads);
+  });
+  m.def("assemble_backward",
+        [](uintptr_t grad, uintptr_t windows, uintptr_t grad_maps, std::vector<int64_t> numbers,
+           bool rows, int64_t number, int num_threads) {
+          const AssembleArrays arrays = assemble_arrays(numbers, windows);
+          nb::gil_scoped_release release;
+          return assemble_backward(arrays, ptr<const void>(grad), rows, ptr<void>(grad_maps),
+                                   static_cast<Number>(number), num_threads);
         });
   m.def("block_sizes", [](uintptr_t spec, int64_t height, int64_t width) {
     const int64_t* s = ptr<const int64_t>(spec);

@@ -135,6 +135,7 @@ def imagenet(
         max_batches=2 if quick else None,
         shows_progress=progress_bar,
         anneal_share=flags.anneal_share,
+        remeasures_norms=flags.remeasures_norms,
         hardware=hardware,
     )
     return run_classification(

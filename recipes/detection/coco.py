@@ -24,7 +24,7 @@ from sparsight.train.detection_task import DetectionTask
 from sparsight.train.distillation import shared_flags
 from sparsight.train.evaluate_detection import measured_backbone_share, score_detector
 from sparsight.train.recipe import Recipe
-from sparsight.train.settling import settle
+from sparsight.train.settling import measure_norms_again, settle
 
 
 def coco(
@@ -212,6 +212,7 @@ def coco(
         gradient_clip=gradient_clip,
         collate_fn=collate_detection,
         anneal_share=flags.anneal_share,
+        remeasures_norms=flags.remeasures_norms,
         hardware=hardware,
         shows_progress=progress_bar,
     )
@@ -227,6 +228,7 @@ def coco(
         "budget": flags.budget,
         "sampling_weight": flags.sampling_weight,
     }
+    measure_norms_again(network, recipe, num_images=256)
     if planned.settles:
         assert flags.budget is not None
         result |= settle(

@@ -160,6 +160,7 @@ def cityscapes(
         max_batches=2 if quick else None,
         shows_progress=progress_bar,
         anneal_share=flags.anneal_share,
+        remeasures_norms=flags.remeasures_norms,
         hardware=hardware,
     )
     return train_segmentation(

@@ -30,7 +30,7 @@ from sparsight.train.data import (
 from sparsight.train.evaluate import Score, score
 from sparsight.train.pictures import draw_masks
 from sparsight.train.recipe import Recipe
-from sparsight.train.settling import settle
+from sparsight.train.settling import measure_norms_again, settle
 from sparsight.train.tasks import SegmentationTask
 
 
@@ -108,8 +108,11 @@ def demo(
             network, described, ignore_index=ignore_index, objective=objective, lr=lr
         )
         length = epochs if is_first else fine_tuning_epochs
-        replace(recipe, out=recipe.out / name, epochs=length).fit(task)
-        return network.cpu().eval()
+        run = replace(recipe, out=recipe.out / name, epochs=length)
+        run.fit(task)
+        network.cpu().eval()
+        measure_norms_again(network, run, num_images=256)
+        return network
 
     print("\n== 1 of 3: the dense network, from scratch", flush=True)
     dense = train(build_dense(architecture), architecture, "dense")

@@ -4,14 +4,15 @@
     python tests/fuzz/run.py --cases 100000 --seed 7   the long run, by hand
     python tests/fuzz/run.py --case 4711               one case again
 
-Case number n is a convolution, an interpolation, a block (deformable or not) or a pooling, drawn
-from (seed, n) alone: shape, stride, dilation, groups, density, layout and alignment of the inputs;
-of a pooling (forward and backward) also rank, padding, ceil_mode, infinities and NaN. Every
-instruction set of this machine runs it on one thread, within the bound of the table in
-tests/ops/conftest.py, and on two threads, bit for bit the same. Outputs start as NaN between
-guards. Where the CPU has bfloat16 instructions, cases are also bfloat16 blocks, half of them of
-whole numbers that must be exact, and bfloat16 weights read back from a packed convolution; poolings
-run in bfloat16, too. Exits with 1 at the first miss.
+Case number n is a convolution, an interpolation, a block (deformable or not), a pooling or an
+assembling of windows, drawn from (seed, n) alone: shape, stride, dilation, groups, density, layout
+and alignment of the inputs; of a pooling (forward and backward) also rank, padding, ceil_mode,
+infinities and NaN; of an assembling (forward, exact, and backward) also the windows, inside, across
+and outside of the map, and any dtype. Every instruction set of this machine runs it on one thread,
+within the bound of the table in tests/ops/conftest.py, and on two threads, bit for bit the same.
+Outputs start as NaN between guards. Where the CPU has bfloat16 instructions, cases are also
+bfloat16 blocks, half of them of whole numbers that must be exact, and bfloat16 weights read back
+from a packed convolution; poolings run in bfloat16, too. Exits with 1 at the first miss.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from sparsight.nn import (
     ZeroFill,
 )
 from sparsight.nn.frozen_block import FrozenBlock
-from sparsight.ops import cpu, pool_reference, reference
+from sparsight.ops import assemble_reference, assemble_windows, cpu, pool_reference, reference
 
 TESTS = Path(__file__).resolve().parents[1]
 MARGIN = 256  # numbers on each side of a guarded map
@@ -383,12 +384,51 @@ def pooled_truth(
     )
 
 
+def fuzz_assembling(draw) -> str:
+    """Windows of score maps, forward and backward: the kernels, and through autograd."""
+    case = shared.draw_window_case(draw)
+    dtype = draw.one_of(torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    layout, fmt = draw.one_of(*shared.LAYOUTS), draw.one_of(*pooling.FORMATS[2])
+    note = f"{case}, {layout}, {fmt}, {dtype}"
+    maps = shared.LAYOUTS[layout](case.maps.to(dtype))
+    truth = assemble_reference.assemble_windows(maps, *case.numbers())
+    grad = draw.normal(*truth.shape).to(dtype)
+    windows, shape, centred = case.backward_numbers()
+    sums = [
+        assemble_reference.assemble_windows_backward(g, windows, shape, centred)
+        for g in (grad.double(), grad.float(), grad.double().abs())
+    ]
+    # One rounding to a narrow dtype; the table is of float32.
+    rounding = torch.finfo(dtype).eps / (32 * shared.ULP) if dtype.itemsize == 2 else 0.0
+    scale = (1 + rounding) * sums.pop()
+    pairs = []
+    for num_threads in (1, 2):
+        out = guarded_map(truth.shape, dtype, torch.contiguous_format)
+        cpu.assemble_windows(maps, *case.numbers(), num_threads=num_threads, out=out)
+        made = guarded_map(shape, dtype, fmt)
+        cpu.assemble_windows_backward(
+            grad, windows, shape, fmt, centred, num_threads=num_threads, out=made
+        )
+        is_intact = is_beside_intact(out) and is_beside_intact(made)
+        assert is_intact, f"written beside the output: {note}"
+        pairs.append((out, made))
+    leaf = maps.detach().requires_grad_()
+    bins = "centred" if centred else "floor"
+    y = assemble_windows(leaf, windows, size=case.size, bins=bins)
+    pairs.append((y.detach(), torch.autograd.grad(y, leaf, grad)[0]))
+    shared.check_within_bound("assemble_windows_backward", pairs[0][1], *sums, scale, note)
+    for out, made in pairs:
+        assert torch.equal(out, truth), f"assemble_windows, over its bound of nothing: {note}"
+        check_same(made, pairs[0][1], note)
+    return "assembling"
+
+
 def check_same(one: torch.Tensor, two: torch.Tensor, note: str) -> None:
     """Raise AssertionError unless one and two threads agree bit for bit."""
     assert torch.equal(one, two), f"two threads differ from one: {note}"
 
 
-KINDS = (fuzz_convolution, fuzz_interpolation, fuzz_block, fuzz_pooling)
+KINDS = (fuzz_convolution, fuzz_interpolation, fuzz_block, fuzz_pooling, fuzz_assembling)
 NARROW_KINDS = (fuzz_narrow_block, fuzz_narrow_weights)
 
 

@@ -27,6 +27,7 @@ TOLERANCE_ULPS = {
     "sampled_block": 4.0,  # scale: largest value of the output, after three convolutions
     "sampled_deform_conv2d": 4.0,  # scale: as sampled_conv2d, over the mixed |x| |modulation|
     "conv_backward": 4.0,  # torch's own backward on the masked gradient
+    "assemble_windows_backward": 16.0,  # scale: sum |grad| of a cell, of 30 windows at most
 }
 
 
@@ -403,3 +404,52 @@ def mask_gradient_scale(case: FillCase, grad: Tensor) -> Tensor:
 @pytest.fixture
 def scale_of_mask_gradient() -> Callable[[FillCase, Tensor], Tensor]:
     return mask_gradient_scale
+
+
+@dataclass
+class WindowCase:
+    """Score maps and windows that lie inside, across and wholly outside of them."""
+
+    maps: Tensor
+    windows: Tensor
+    size: int
+    centred: bool
+
+    def __str__(self) -> str:
+        return (
+            f"maps {tuple(self.maps.shape)}, {len(self.windows)} windows of {self.size}, "
+            f"centred {self.centred}"
+        )
+
+    def numbers(self) -> tuple[Tensor, int, bool]:
+        """What the operator takes after the maps."""
+        return self.windows, self.size, self.centred
+
+    def backward_numbers(self) -> tuple[Tensor, tuple[int, ...], bool]:
+        """What the reference of its gradient takes after the gradient."""
+        return self.windows, tuple(self.maps.shape), self.centred
+
+
+def draw_window_case(draw: Draw) -> WindowCase:
+    k, size = draw.one_of(1, 2, 3, 5, 5, 7), draw.one_of(1, 2, 4, 6, 7, 9, 21)
+    images, height, width = draw.one_of(1, 2, 3), draw.one_of(1, 4, 9, 26), draw.one_of(1, 5, 8, 27)
+    count = draw.one_of(0, 1, 2, 9, 30)
+    corners = [
+        [
+            draw.one_of(*range(images)),
+            draw.one_of(*range(-size - 1, height + 2)),
+            draw.one_of(*range(-size - 1, width + 2)),
+        ]
+        for _ in range(count)
+    ]
+    return WindowCase(
+        draw.normal(images, k * k, height, width),
+        torch.tensor(corners, dtype=torch.int64).view(count, 3),
+        size,
+        draw.one_of(True, False),
+    )
+
+
+@pytest.fixture
+def random_window_case() -> Callable[[Draw], WindowCase]:
+    return draw_window_case

@@ -9,28 +9,6 @@ import torch
 from sparsight.ops import assemble_reference as reference
 
 
-def random_case(d):
-    """Score maps and windows that lie inside, across and outside of them."""
-    k, size = d.one_of(1, 2, 3, 5, 7), d.one_of(1, 2, 4, 6, 7, 9, 21)
-    images, height, width = d.one_of(1, 2, 3), d.one_of(1, 4, 9, 13), d.one_of(1, 5, 8, 17)
-    maps = d.normal(images, k * k, height, width)
-    count = d.one_of(0, 1, 2, 9, 30)
-    return maps, random_windows(d, count, images, height, width, size), size
-
-
-def random_windows(d, count, images, height, width, size):
-    """The image, and corners from wholly before the map to wholly behind it."""
-    rows = [
-        [
-            d.one_of(*range(images)),
-            d.one_of(*range(-size - 1, height + 2)),
-            d.one_of(*range(-size - 1, width + 2)),
-        ]
-        for _ in range(count)
-    ]
-    return torch.tensor(rows, dtype=torch.int64).view(count, 3)
-
-
 def written_out(maps, windows, size, centred):
     """The definition in a loop over windows and cells, in exact arithmetic where it rounds."""
     _, channels, height, width = maps.shape
@@ -47,12 +25,11 @@ def written_out(maps, windows, size, centred):
     return out
 
 
-@pytest.mark.parametrize("centred", [True, False])
-def test_equals_the_definition_written_out(draw, centred):
-    for seed in range(20):
-        maps, windows, size = random_case(draw(seed))
-        made = reference.assemble_windows(maps, windows, size, centred)
-        assert torch.equal(made, written_out(maps, windows, size, centred))
+def test_equals_the_definition_written_out(draw, random_window_case):
+    for seed in range(30):
+        case = random_window_case(draw(seed))
+        made = reference.assemble_windows(case.maps, *case.numbers())
+        assert torch.equal(made, written_out(case.maps, *case.numbers())), str(case)
 
 
 def test_bins_are_those_of_the_paper_and_of_its_successor():
@@ -79,11 +56,11 @@ def test_centred_bins_are_the_same_from_either_side_for_odd_k():
     )
 
 
-def test_what_is_inside_is_what_is_copied(draw):
-    for seed in range(20, 30):
-        maps, windows, size = random_case(draw(seed))
-        inside = reference.windows_inside(windows, size, *maps.shape[2:])
-        made = reference.assemble_windows(torch.ones_like(maps), windows, size, True)
+def test_what_is_inside_is_what_is_copied(draw, random_window_case):
+    for seed in range(30, 45):
+        case = random_window_case(draw(seed))
+        inside = reference.windows_inside(case.windows, case.size, *case.maps.shape[2:])
+        made = reference.assemble_windows(torch.ones_like(case.maps), *case.numbers())
         assert torch.equal(inside, made == 1)
 
 
@@ -102,21 +79,20 @@ def test_a_window_of_no_image_is_zero_and_sends_nothing(image):
     assert not reference.assemble_windows_backward(grad, windows, (2, 4, 4, 5), True).any()
 
 
-@pytest.mark.parametrize("centred", [True, False])
-def test_its_gradient_is_that_of_autograd(draw, centred):
-    for seed in range(40, 60):
+def test_its_gradient_is_that_of_autograd(draw, random_window_case):
+    for seed in range(45, 75):
         d = draw(seed)
-        maps, windows, size = random_case(d)
-        maps = maps.double().requires_grad_()
-        made = reference.assemble_windows(maps, windows, size, centred)
+        case = random_window_case(d)
+        maps = case.maps.double().requires_grad_()
+        made = reference.assemble_windows(maps, *case.numbers())
         grad = d.normal(*made.shape).double()
         (expected,) = torch.autograd.grad(made, maps, grad)
-        sent = reference.assemble_windows_backward(grad, windows, maps.shape, centred)
+        sent = reference.assemble_windows_backward(grad, *case.backward_numbers())
         torch.testing.assert_close(sent, expected, rtol=0, atol=1e-12)
         # What lies outside is not looked at, whatever it is.
-        inside = reference.windows_inside(windows, size, *maps.shape[2:])
+        inside = reference.windows_inside(case.windows, case.size, *maps.shape[2:])
         poisoned = torch.where(inside, grad, torch.nan)
-        again = reference.assemble_windows_backward(poisoned, windows, maps.shape, centred)
+        again = reference.assemble_windows_backward(poisoned, *case.backward_numbers())
         torch.testing.assert_close(again, expected, rtol=0, atol=1e-12)
 
 

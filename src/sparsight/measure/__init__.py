@@ -9,6 +9,7 @@ from sparsight.measure.calibrate import CalibrationReport, calibrate
 from sparsight.measure.environment import environment
 from sparsight.measure.latency import Latency, LatencyComparison, measure_latency
 from sparsight.measure.macs import MacCount, count_macs
+from sparsight.measure.norms import measure_norms
 from sparsight.measure.profiler import LayerProfile, Profile, profile
 from sparsight.measure.published_macs import count_published_macs, published_size
 from sparsight.measure.report import environment_block, markdown_table, write_report
@@ -29,6 +30,7 @@ __all__ = [
     "environment_block",
     "markdown_table",
     "measure_latency",
+    "measure_norms",
     "profile",
     "published_size",
     "write_report",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsight.measure.macs import call_model, count_macs
+from sparsight.measure.norms import batch_statistics, measure_norms, running_norms
 from sparsight.measure.sampled_layers import interpolation_modules, owns_samplers, samplers_of
 from sparsight.nn import Sampler, SamplingDecision, record_sampling, sampling_loss
 from sparsight.nn.budget import (
@@ -158,10 +159,10 @@ def calibrate(
             teacher = _norm_state(model)
             for _ in range(2 if remeasure_norms else 1):
                 if remeasure_norms:
-                    _measure_norms(model, batches)
+                    measure_norms(model, batches)
                 _, share = settle_on_budget(model, lambda: _share(model, measured), budget)
             if remeasure_norms:
-                _measure_norms(model, batches)
+                measure_norms(model, batches)
                 share = _share(model, measured)
             features, outputs = _errors(model, measured, teacher)
     except BaseException:
@@ -325,7 +326,7 @@ def _fit(
             sampler.temperature = _FINAL_TEMPERATURE ** min(1.0, progress / _ANNEALED_AT)
         with (
             _sampling_for_training(samplers),
-            _batch_statistics(model, is_on=learns_with_batch_statistics),
+            batch_statistics(model, is_on=learns_with_batch_statistics),
             record_sampling(model) as record,
             _watched(model) as learnt,
             _head_inputs(samplers) as means,
@@ -350,7 +351,7 @@ def _fit(
         schedule.step()
         recent = 0.9 * recent + 0.1 * pull.share
         if (step + 1) % max(1, num_steps // _NUM_MEASUREMENTS) == 0:
-            with _batch_statistics(model, is_on=learns_with_batch_statistics):
+            with batch_statistics(model, is_on=learns_with_batch_statistics):
                 controller.calibrate(_share(model, measured[:1]), recent)
         if shows_progress:
             end = "\n" if step + 1 == num_steps else ""
@@ -467,53 +468,15 @@ def _sampling_for_training(samplers: list[Sampler]) -> Iterator[None]:
             sampler.eval()
 
 
-def _norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    kinds = nn.BatchNorm2d | nn.SyncBatchNorm
-    return [m for m in model.modules() if isinstance(m, kinds) and m.running_mean is not None]  # type: ignore[misc]
-
-
 def _norm_state(model: nn.Module) -> list[dict[str, Tensor]]:
-    return [{k: v.clone() for k, v in norm.named_buffers()} for norm in _norms(model)]
+    return [{k: v.clone() for k, v in norm.named_buffers()} for norm in running_norms(model)]
 
 
 @torch.no_grad()
 def _set_norm_state(model: nn.Module, state: list[dict[str, Tensor]]) -> None:
-    for norm, values in zip(_norms(model), state, strict=True):
+    for norm, values in zip(running_norms(model), state, strict=True):
         for name, buffer in norm.named_buffers():
             buffer.copy_(values[name])
-
-
-@contextmanager
-def _batch_statistics(
-    model: nn.Module, *, is_on: bool, momentum: float | None = 0.0
-) -> Iterator[None]:
-    """Batch norms normalise by the batch; with momentum 0 they do not remember it."""
-    norms = _norms(model) if is_on else []
-    kept = [norm.momentum for norm in norms]
-    counts = [int(norm.num_batches_tracked or 0) for norm in norms]
-    for norm in norms:
-        norm.momentum = momentum
-        norm.train()
-    try:
-        yield
-    finally:
-        for norm, value, count in zip(norms, kept, counts, strict=True):
-            norm.momentum = value
-            norm.eval()
-            # Batches are counted at any momentum. Mean and variance are not touched here: the
-            # graph of a step that is still to be differentiated holds them.
-            if momentum == 0.0 and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.fill_(count)
-
-
-@torch.no_grad()
-def _measure_norms(model: nn.Module, batches: list[Any]) -> None:
-    """Replace the running statistics by the mean over the batches, with the masks of inference."""
-    for norm in _norms(model):
-        norm.reset_running_stats()
-    with _batch_statistics(model, is_on=True, momentum=None):
-        for batch in batches:
-            call_model(model, batch)
 
 
 def _mean_error(learnt: list[Tensor], taught: list[Tensor]) -> Tensor:

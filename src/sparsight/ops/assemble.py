@@ -1,14 +1,18 @@
 """`assemble_windows`: instance masks from position-sensitive score maps, without parameters."""
 
 import math
+import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sparsight.ops import assemble_reference as reference
+from sparsight.ops import cpu
 from sparsight.ops.operators import LIBRARY
+from sparsight.ops.triton import missing_for
 
 __all__ = ["Bins", "assemble_windows", "windows_inside"]
 
@@ -29,20 +33,32 @@ def _memory_format(is_channels_last: bool) -> torch.memory_format:
     return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
-def _check_images(windows: Tensor, images: int) -> None:
-    """Raise where a window names no image: only where looking at the numbers costs no wait."""
-    named = windows[:, 0]
-    bad = named[(named < 0) | (named >= images)]
-    if bad.numel():
-        raise ValueError(_no_such_image(int(bad[0]), images))
-
-
-def _no_such_image(image: int, images: int) -> str:
-    return (
-        f"assemble_windows: windows name image {image}, but score_maps hold {images}; the first "
-        "column of windows must be the index of an image of the batch, from 0: number the windows "
-        "of each image by its place in the batch."
+def _new_maps(grad: Tensor, shape: Sequence[int], is_channels_last: bool) -> Tensor:
+    """Uninitialised; `contiguous` would leave the strides of an axis of one alone."""
+    memory_format = _memory_format(is_channels_last)
+    return torch.empty(
+        tuple(shape), dtype=grad.dtype, device=grad.device, memory_format=memory_format
     )
+
+
+_warned: set[str] = set()
+
+
+def _triton_kernels(x: Tensor) -> ModuleType | None:
+    """The kernels for a CUDA tensor; where there are none, None and, once, a warning why."""
+    reason = missing_for(x)
+    if reason is None:
+        from sparsight.ops.triton import assemble
+
+        return assemble
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"assemble_windows: {reason}; plain torch operators run in the place of its GPU "
+            "kernels, with an index of every cell.",
+            stacklevel=2,
+        )
+    return None
 
 
 @torch.library.impl(LIBRARY, "assemble_windows", "CompositeExplicitAutograd")
@@ -52,8 +68,15 @@ def _assemble_any(score_maps: Tensor, windows: Tensor, size: int, centred: bool)
 
 @torch.library.impl(LIBRARY, "assemble_windows", "CPU")
 def _assemble_cpu(score_maps: Tensor, windows: Tensor, size: int, centred: bool) -> Tensor:
-    _check_images(windows, score_maps.shape[0])
-    return _assemble_any(score_maps, windows, size, centred)
+    return cpu.assemble_windows(score_maps, windows, size, centred)
+
+
+@torch.library.impl(LIBRARY, "assemble_windows", "CUDA")
+def _assemble_cuda(score_maps: Tensor, windows: Tensor, size: int, centred: bool) -> Tensor:
+    kernels = _triton_kernels(score_maps)
+    if kernels is None:
+        return _assemble_any(score_maps, windows, size, centred)
+    return kernels.assemble_windows(score_maps, windows, size, centred)
 
 
 @torch.library.register_fake("sparsight::assemble_windows", lib=LIBRARY)
@@ -68,15 +91,33 @@ def _backward_any(
     # Many windows share a cell: sums of half precision are float32 until the end.
     wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
     sent = reference.assemble_windows_backward(wide, windows, shape, centred)
-    return sent.to(grad.dtype).contiguous(memory_format=_memory_format(is_channels_last))
+    return _new_maps(grad, shape, is_channels_last).copy_(sent)
+
+
+@torch.library.impl(LIBRARY, "assemble_windows_backward", "CPU")
+def _backward_cpu(
+    grad: Tensor, windows: Tensor, shape: Sequence[int], is_channels_last: bool, centred: bool
+) -> Tensor:
+    memory_format = _memory_format(is_channels_last)
+    return cpu.assemble_windows_backward(grad, windows, shape, memory_format, centred)
+
+
+@torch.library.impl(LIBRARY, "assemble_windows_backward", "CUDA")
+def _backward_cuda(
+    grad: Tensor, windows: Tensor, shape: Sequence[int], is_channels_last: bool, centred: bool
+) -> Tensor:
+    kernels = _triton_kernels(grad)
+    if kernels is None:
+        return _backward_any(grad, windows, shape, is_channels_last, centred)
+    memory_format = _memory_format(is_channels_last)
+    return kernels.assemble_windows_backward(grad, windows, shape, memory_format, centred)
 
 
 @torch.library.register_fake("sparsight::assemble_windows_backward", lib=LIBRARY)
 def _backward_fake(
     grad: Tensor, windows: Tensor, shape: Sequence[int], is_channels_last: bool, centred: bool
 ) -> Tensor:
-    made = grad.new_empty(shape)
-    return made.contiguous(memory_format=_memory_format(is_channels_last))
+    return _new_maps(grad, shape, is_channels_last)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -180,8 +221,10 @@ def assemble_windows(
             batch. The last is not looked for on a GPU, which it would have to wait for: such a
             window is 0 there.
 
-    Cost: no multiply-add; one read and one write per cell of the windows. Nothing of the maps is
-    kept for the gradient, and no window is copied before it is asked for.
+    Cost: no multiply-add; one read and one write per cell of the windows, by compiled kernels on
+    the CPU and Triton kernels on CUDA devices; where Triton is not installed or does not support
+    the GPU, a warning says so, once, and plain torch operators run, as on other devices. Nothing of
+    the maps is kept for the gradient.
 
     Gradient: of `score_maps`, to any order: for each cell of the maps the sum of what the windows
     that copied it send back, in the order of the windows, the same bits at every call and for any

@@ -399,6 +399,84 @@ def soft_pool_backward(
     return out
 
 
+# As csrc's `Number` counts them.
+_ASSEMBLED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _check_images(windows: Tensor, bad: int, images: int) -> None:
+    """Raise if a kernel has found that window `bad`, -1 for none, names no image."""
+    if bad < 0:
+        return
+    raise ValueError(
+        f"assemble_windows: window {bad} names image {int(windows[bad, 0])}, but score_maps hold "
+        f"{images}; the first column of windows must be the index of an image of the batch, from "
+        "0: number the windows of each image by its place in the batch."
+    )
+
+
+def assemble_windows(
+    score_maps: Tensor,
+    windows: Tensor,
+    size: int,
+    centred: bool,
+    *,
+    num_threads: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Kernel form of `assemble_reference.assemble_windows`, of float32, float64, bfloat16, float16.
+
+    The maps are read through their strides, whatever these are. ValueError where a window names no
+    image.
+    """
+    windows = windows.contiguous()
+    count = windows.shape[0]
+    if out is None:
+        out = torch.empty((count, size, size), dtype=score_maps.dtype)
+    numbers = [*score_maps.shape, *score_maps.stride(), count, size, int(centred)]
+    bad = _kernels.assemble(
+        score_maps.data_ptr(),
+        windows.data_ptr(),
+        out.data_ptr(),
+        numbers,
+        score_maps.element_size(),
+        _threads(num_threads),
+    )
+    _check_images(windows, bad, score_maps.shape[0])
+    return out
+
+
+def assemble_windows_backward(
+    grad: Tensor,
+    windows: Tensor,
+    shape: Sequence[int],
+    memory_format: torch.memory_format,
+    centred: bool,
+    *,
+    num_threads: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Kernel form of `assemble_reference.assemble_windows_backward`; dtypes as forward.
+
+    The result is in `memory_format`, contiguous or channels-last; half precision is summed in
+    float32 and rounded once.
+    """
+    grad, windows = grad.contiguous(), windows.contiguous()
+    if out is None:
+        out = torch.empty(tuple(shape), dtype=grad.dtype, memory_format=memory_format)
+    numbers = [*shape, 0, 0, 0, 0, *grad.shape[:2], int(centred)]
+    bad = _kernels.assemble_backward(
+        grad.data_ptr(),
+        windows.data_ptr(),
+        out.data_ptr(),
+        numbers,
+        memory_format == torch.channels_last,
+        _ASSEMBLED.index(grad.dtype),
+        _threads(num_threads),
+    )
+    _check_images(windows, bad, shape[0])
+    return out
+
+
 def sampled_block(
     x: Tensor,
     shortcut: Tensor | None,

@@ -21,9 +21,10 @@ from sparsight.train.filter_pruning import plan_filter_pruning
 from sparsight.train.initial_weights import initial_network, with_widths_of
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling_flags import SamplingFlags
-from sparsight.train.settling import settle
+from sparsight.train.settling import measure_norms_again, settle
 
 _NUM_SETTLING_IMAGES = 512
+_NUM_NORM_IMAGES = 4096
 
 
 def run_classification(
@@ -112,6 +113,7 @@ def run_classification(
         "method": flags.method,
         "budget": flags.budget,
     }
+    measure_norms_again(network, recipe, num_images=_NUM_NORM_IMAGES)
     if planned.settles:
         assert flags.budget is not None
         result |= settle(network, recipe, flags.budget, num_images=_NUM_SETTLING_IMAGES)

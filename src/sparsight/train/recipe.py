@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -82,6 +83,7 @@ class Recipe:
         gradient_clip: largest norm of the gradient of a step.
         shows_progress: draw a progress bar.
         anneal_share: part of the run in which the samplers' temperature falls, in (0, 1].
+        remeasures_norms: `measure_norms_again` does something.
         callbacks: further ones of Lightning's, run after the recipe's own; one that prunes filters
             after each epoch is such a one.
         hardware: what the run computes on.
@@ -104,6 +106,7 @@ class Recipe:
     gradient_clip: float = 5.0
     shows_progress: bool = True
     anneal_share: float = 1.0
+    remeasures_norms: bool = True
     callbacks: Sequence[L.Callback] = ()
     hardware: Hardware = field(default_factory=Hardware)
 
@@ -225,6 +228,24 @@ class Recipe:
             num_workers=self.num_workers,
             collate_fn=self.collate_fn,
         )
+
+    def augmented_batches(self, num_images: int) -> Iterator[Any]:
+        """Yield batches as training would go on after the last epoch: new orders and transforms.
+
+        Args:
+            num_images: about so many, in whole batches, but no more than `max_batches`; at least
+                one batch comes.
+        """
+        batches = self.training_batches()
+        number = max(1, num_images // self.batch_size)
+        number = number if self.max_batches is None else min(number, self.max_batches)
+        for epoch in itertools.count(self.epochs):
+            cast(EpochSampler, batches.sampler).set_epoch(epoch)
+            for batch in itertools.islice(batches, number):
+                yield batch
+                number -= 1
+            if number == 0:
+                return
 
     def measured_batch(self, number: int, *, rank: int = 0, num_processes: int = 1) -> Any:
         """Return training images as inference sees them: with the validation's transform.

@@ -34,6 +34,7 @@ class SamplingFlags:
         sampling_weight: fixed price instead; None for none.
         weights: what the fixed price is charged on.
         anneal_share: part of the run in which the temperature falls, in (0, 1].
+        remeasures_norms: the norms' statistics are measured again after training.
     """
 
     method: ClassificationMethod
@@ -42,6 +43,7 @@ class SamplingFlags:
     sampling_weight: float | None
     weights: ShareWeights
     anneal_share: float
+    remeasures_norms: bool
 
     def plan(self, *, size: tuple[int, int], dense: Callable[[], nn.Module]) -> Plan:
         """Return what the run trains; arguments and errors as of `sparsight.train.plan`.
@@ -74,6 +76,7 @@ def sampling_flags(
     eps: float | None = None,
     straight_through: bool = False,
     anneal_share: float = 1.0,
+    remeasure_norms: bool = True,
     **hardware: Any,
 ) -> tuple[SamplingFlags, Hardware]:
     """Return what the flags say of sampling, and of what the run computes on.
@@ -99,6 +102,8 @@ def sampling_flags(
         eps: added to the interpolation's denominator, 1e-5 in the published code; None is exact.
         straight_through: train with hard masks and soft gradients; wants an `eps`.
         anneal_share: part of the run in which the temperature falls, in (0, 1].
+        remeasure_norms: after training, measure the running statistics of batch norms again, on
+            augmented training images, with the masks of inference; of dense models too.
         **hardware: flags of `sparsight.train.Hardware`: processes, machines, memory.
 
     Raises:
@@ -118,5 +123,6 @@ def sampling_flags(
         sampling_weight=sampling_weight,
         weights=weights,
         anneal_share=anneal_share,
+        remeasures_norms=remeasure_norms,
     )
     return flags, Hardware(**hardware)

@@ -15,10 +15,11 @@ from sparsight.train.evaluate import score
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import Plan
 from sparsight.train.segmentation_choices import Loss, pixel_loss
-from sparsight.train.settling import settle
+from sparsight.train.settling import measure_norms_again, settle
 from sparsight.train.tasks import SegmentationTask
 
 _NUM_SETTLING_IMAGES = 64
+_NUM_NORM_IMAGES = 512
 
 
 def train_segmentation(
@@ -89,6 +90,7 @@ def train_segmentation(
         "budget": budget,
         **(details or {}),
     }
+    measure_norms_again(network, recipe, num_images=_NUM_NORM_IMAGES)
     if planned.settles:
         assert budget is not None
         result |= settle(network, recipe, budget, num_images=_NUM_SETTLING_IMAGES)

@@ -1,9 +1,8 @@
 """Laws of the SoftPool kernels for the GPU: each is run twice.
 
 - On a GPU, where there is one; else a visible skip.
-- On the CPU in Triton's interpreter, which must be chosen before Triton is imported:
-  `test_every_law_holds_in_the_interpreter` runs this file once more, in a process of its own with
-  TRITON_INTERPRET=1, where the laws take CPU tensors.
+- On the CPU in Triton's interpreter: `test_every_law_holds_in_the_interpreter` runs this file once
+  more, in a process of its own.
 
 The interpreter does not check types: `test_kernels_compile` takes the kernels through the whole
 compiler, to machine code, without a GPU. Truth is `pool_reference` in float64.
@@ -12,10 +11,6 @@ compiler, to machine code, without a GPU. Truth is `pool_reference` in float64.
 import functools
 import math
 import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,10 +22,10 @@ from sparsight.ops import soft_pool1d, soft_pool2d, soft_pool3d
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with torch's CUDA wheels")
 
+from sparsight.ops.triton import launch
 from sparsight.ops.triton import pool as kernels
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ROOT = Path(__file__).resolve().parents[3]
 INF = math.inf
 SOFT_POOL = {1: soft_pool1d, 2: soft_pool2d, 3: soft_pool3d}
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -54,13 +49,6 @@ pytestmark = [
 ]
 
 
-def pytest_generate_tests(metafunc) -> None:
-    """The device of the laws: the CPU in the interpreter, else the GPU."""
-    if "device" in metafunc.fixturenames:
-        device = "cpu" if IS_INTERPRETED else pytest.param("cuda", marks=gpu)
-        metafunc.parametrize("device", [device])
-
-
 @pytest.fixture(autouse=True)
 def few_tiles(monkeypatch) -> None:
     """A GPU wants many small tiles, the interpreter, which takes its time for each, few large ones.
@@ -76,32 +64,8 @@ outside_only = pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter's proc
 
 
 @outside_only
-def test_every_law_holds_in_the_interpreter():
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            __file__,
-        ],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
-    # Every law, and nothing but what is for outside was skipped.
-    passed = re.search(r"(\d+) passed", ran.stdout)
-    assert passed is not None and int(passed[1]) >= 66, ran.stdout
-    skipped = [line for line in ran.stdout.splitlines() if line.startswith("SKIPPED")]
-    assert all("laws only" in line or "no CUDA device" in line for line in skipped), skipped
+def test_every_law_holds_in_the_interpreter(run_in_interpreter):
+    run_in_interpreter(__file__, 65)
 
 
 # ---- cases ----
@@ -358,8 +322,8 @@ def test_wide_offsets_change_no_bit_and_neither_does_a_second_call(draw, device,
     x, grad = d.normal(2, 3, 9, 10), d.normal(2, 3, *reference.output_size((9, 10), *numbers))
     for memory_format in FORMATS[2]:
         made = []
-        for limit in (kernels.MAX_INT32_OFFSET, kernels.MAX_INT32_OFFSET, 0):
-            monkeypatch.setattr(kernels, "MAX_INT32_OFFSET", limit)
+        for limit in (launch.MAX_INT32_OFFSET, launch.MAX_INT32_OFFSET, 0):
+            monkeypatch.setattr(launch, "MAX_INT32_OFFSET", limit)
             placed = as_given(x, device, memory_format)
             y = forward(placed, numbers, memory_format)
             sent = backward(as_given(grad, device), placed, numbers, memory_format, False)
@@ -411,36 +375,6 @@ def test_the_operators_run_the_kernels(draw, device, monkeypatch):
 # ---- without a GPU, and outside the interpreter ----
 
 
-def test_which_offsets_need_int64():
-    small = torch.empty(2, 3, 4, 5, device="meta")
-    assert not kernels._is_int64(small)
-    many = torch.empty(2**16, 2**15, device="meta")
-    assert kernels._is_int64(small, many)
-    assert not kernels._is_int64(torch.empty(2**16, 2**15 - 1, device="meta"))
-    # Few elements, far apart; many, all the same.
-    assert kernels._is_int64(torch.empty_strided((2, 2), (2**31, 1), device="meta"))
-    assert kernels._is_int64(torch.empty(1, device="meta").expand(2**31))
-
-
-class AbsentGpu:
-    """As much of a driver as the compiler asks for."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        # Triton keeps what it compiled by device: no two tests may share one, nor with a real GPU.
-        return 1000 + self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @outside_only
 @pytest.mark.parametrize(
     ("capability", "dtype", "is_int64"),
@@ -450,22 +384,11 @@ class AbsentGpu:
         (90, torch.float64, False),
     ],
 )
-def test_kernels_compile(monkeypatch, tmp_path, capability, dtype, is_int64):
+def test_kernels_compile(monkeypatch, compile_only, capability, dtype, is_int64):
     """To machine code, with the arguments that the launchers give, but for the launch."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    run, made = JITFunction.run, []
-
-    def compile_only(self, *arguments, grid, warmup, **options):
-        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        made.append((self.__name__, kernel))
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(JITFunction, "run", compile_only)
     if is_int64:
-        monkeypatch.setattr(kernels, "MAX_INT32_OFFSET", 0)
-    monkeypatch.setattr(driver, "_active", AbsentGpu(capability))
+        monkeypatch.setattr(launch, "MAX_INT32_OFFSET", 0)
+    made = compile_only(capability)
     for name, memory_format in (
         ("2 apart, over the end", torch.channels_last),
         ("2 at every position, dilated", torch.contiguous_format),

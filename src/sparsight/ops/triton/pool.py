@@ -43,10 +43,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsight.ops.triton.launch import is_int64, launch
+
 __all__ = ["soft_pool", "soft_pool_backward"]
 
-# Offsets beyond this are computed in int64; a tile may hang over the end.
-MAX_INT32_OFFSET = 2**31 - 2**16
 # Windows of up to so many taps are read once, in a loop without jumps.
 UNROLLED_TAPS = 9
 # Windows of more than so many are reduced several taps at a time.
@@ -336,15 +336,6 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return (*x.stride()[:2], *_three(x.stride()[2:], 0))
 
 
-def _last_offset(x: Tensor) -> int:
-    return sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-
-
-def _is_int64(*tensors: Tensor) -> bool:
-    """Whether an element lies too far from the first of its tensor for int32."""
-    return max(max(_last_offset(x), x.numel()) for x in tensors) > MAX_INT32_OFFSET
-
-
 def _blocks(taps: int, count: int, is_rows: bool) -> dict[str, int]:
     """Tile of a kernel that goes over `count` windows."""
     if taps > MANY_TAPS:
@@ -430,7 +421,7 @@ def soft_pool(
         shape = (*x.shape[:2], *output_size)
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     numbers = _Numbers(x.shape[2:], output_size, kernel_size, stride, padding, dilation)
-    options = _options(x, numbers, memory_format, _is_int64(x, out))
+    options = _options(x, numbers, memory_format, is_int64(x, out))
     _launch_windows(x, None, (out, out, out), numbers, options)
     return out
 
@@ -447,13 +438,6 @@ def _options(
     }
 
 
-def _launch(kernel: Any, count: int, block: int, *arguments: Any, **options: Any) -> None:
-    """Run a kernel over `count` results, `block` a program, where its first argument lies."""
-    if count > 0:
-        with torch.cuda.device_of(arguments[0]):
-            kernel[(triton.cdiv(count, block),)](*arguments, **options)
-
-
 def _launch_windows(
     x: Tensor,
     grad: Tensor | None,
@@ -464,7 +448,7 @@ def _launch_windows(
     """Run `soft_pool_kernel`: for the output alone or, with `grad`, what a backward gathers."""
     count = outs[0].numel()
     blocks = _blocks(numbers.taps, count, options["IS_ROWS"])
-    _launch(
+    launch(
         soft_pool_kernel,
         count,
         blocks["BLOCK_WINDOWS"],
@@ -518,14 +502,14 @@ def soft_pool_backward(
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     numbers = _Numbers(x.shape[2:], grad.shape[2:], kernel_size, stride, padding, dilation)
-    options = _options(x, numbers, memory_format, _is_int64(grad, x, out))
+    options = _options(x, numbers, memory_format, is_int64(grad, x, out))
     sizes = (x.shape[1], numbers.size, numbers.out_size, _strides(x))
     count = grad.numel()
     if numbers.is_apart:
         if not numbers.is_tiled:
             out.zero_()
         blocks = _blocks(numbers.taps, count, options["IS_ROWS"])
-        _launch(
+        launch(
             unpool_apart_kernel,
             count,
             blocks["BLOCK_WINDOWS"],
@@ -547,7 +531,7 @@ def soft_pool_backward(
     _launch_windows(x, grad, (top, scale, slope), numbers, options)
     windows = math.prod(numbers.reach)
     block = _tile(TILE // 2, out.numel())
-    _launch(
+    launch(
         unpool_kernel,
         out.numel(),
         block,
