@@ -27,7 +27,7 @@ from sparsight.train.evaluate_proposals import measured_network_share, score_pro
 from sparsight.train.proposal_task import ProposalTask
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling_flags import sampling_flags
-from sparsight.train.settling import settle
+from sparsight.train.settling import measure_norms_again, settle
 
 
 def instance_fcn(
@@ -231,6 +231,7 @@ def instance_fcn(
         gradient_clip=gradient_clip,
         collate_fn=collate_proposals,
         anneal_share=flags.anneal_share,
+        remeasures_norms=flags.remeasures_norms,
         hardware=hardware,
         shows_progress=progress_bar,
     )
@@ -246,6 +247,7 @@ def instance_fcn(
         "budget": flags.budget,
         "sampling_weight": flags.sampling_weight,
     }
+    measure_norms_again(network, recipe, num_images=256)
     if planned.settles:
         assert flags.budget is not None
         result |= settle(
