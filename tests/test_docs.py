@@ -73,8 +73,17 @@ def test_the_example_of_a_model_runs(name):
     assert names["logits"].shape == (1, 11, 60, 80) and names["logits"].isfinite().all()
 
 
+def test_the_example_of_instance_fcn_runs(capsys):
+    names: dict[str, Any] = {}
+    exec("".join(blocks("python", read("instance_fcn.md"))), names)
+    assert set(names["losses"]) == {"loss_objectness", "loss_mask"}
+    assert names["found"]["masks"].shape[1:] == (1, 60, 80)
+    assert float(capsys.readouterr().out) > 0
+
+
 def commands() -> list[str]:
-    pages = [PAGE, DISTIL, read("compress.md"), *map(read, MODEL_PAGES)]
+    model_pages = map(read, [*MODEL_PAGES, "instance_fcn.md"])
+    pages = [PAGE, DISTIL, read("compress.md"), *model_pages]
     lines = (
         "".join(b for page in pages for b in blocks("bash", page)).replace("\\\n", " ").splitlines()
     )

@@ -46,7 +46,11 @@ HOMES = {
     "pytorch_lightning": ["train"],
     "torchmetrics": ["train"],
     "jsonargparse": ["cli.py"],
-    "faster_coco_eval": ["train/average_precision.py"],
+    "faster_coco_eval": [
+        "train/average_precision.py",
+        "train/average_recall.py",
+        "train/data/mask_rle.py",
+    ],
     "matplotlib": ["train/pictures.py"],
     "onnx": ["export/onnx.py"],
     "onnxruntime": ["export/onnx.py"],
@@ -55,8 +59,10 @@ HOMES = {
     # What finds residual blocks (convert) knows them by their children, so that timm's match too.
     "torchvision": [
         "models/faster_rcnn.py",
+        "models/mask_proposals.py",
         "models/refinenet.py",
         "models/semantic_fpn.py",
+        "models/stride8_trunks.py",
         "models/torchvision_resnet.py",
         "models/torchvision_segmentation.py",
         "train/data",
@@ -64,6 +70,7 @@ HOMES = {
     "timm": ["models/faster_rcnn.py", "train/data"],
     "torch_pruning": ["compress/channel_groups.py"],
     "sklearn": ["compress/lasso.py"],
+    "scipy": ["train/data/voc.py"],
     "openvino": [],  # a rival in bench/, never a dependency
     "pycocotools": [],  # what tests compare with
 }

@@ -17,7 +17,7 @@ _EXTRA = "pip install 'sparsight[train]'"
 _USAGE = """usage: sparsight COMMAND [arguments]
 
   train RECIPE --data DIR ...   train; RECIPE is a file such as recipes/segmentation/camvid.py
-  evaluate CHECKPOINT ...       mIoU, AP or top-1, MACs and frozen milliseconds, over seeds
+  evaluate CHECKPOINT ...       mIoU, AP, AR or top-1, MACs and frozen milliseconds, over seeds
   profile CHECKPOINT ...        density, MACs and milliseconds of each layer
   masks CHECKPOINT ...          pictures: prediction, where it computes, sampling masks
   predict CHECKPOINT ...        label maps, or COCO's results, of pictures without annotations
@@ -33,7 +33,7 @@ def evaluate(
     checkpoint: str,
     *,
     data: str | None = None,
-    dataset: Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco", "moving_shapes"]
+    dataset: Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco", "voc", "moving_shapes"]
     | None = None,
     split: Literal["train", "val"] = "val",
     size: tuple[int, int] | None = None,
@@ -50,7 +50,7 @@ def evaluate(
     """Score a checkpoint: metric, MACs, and milliseconds frozen against its dense form.
 
     The metric is mIoU on CamVid and Cityscapes, top-1 on CIFAR-10, ImageNet and the moving shapes,
-    AP on COCO.
+    AP on COCO, of models that propose masks average recall on COCO and VOC.
 
     Args:
         checkpoint: weights.safetensors of a training run.
@@ -60,7 +60,7 @@ def evaluate(
         split: which images; "val" is CIFAR-10's test set.
         size: height and width in pixels, as 240x320; default: those of training. A smaller one is
             the "resized" baseline: scores are always counted at the annotations' own size. For a
-            detector: shorter side, and the bound on the longer.
+            detector, or for proposals: shorter side, and the bound on the longer.
         frozen: freeze the model first; scores then come from the kernels that will be deployed.
         latency: also measure milliseconds for one image, interleaved with the dense form.
         seeds: number of sampling seeds, from 0; more than one gives mean, standard deviation, least
@@ -112,8 +112,8 @@ def profile(
 
     Args:
         checkpoint: weights.safetensors of a training run.
-        size: height and width in pixels, as 240x320; default: those of training. For a detector:
-            shorter side, and the bound on the longer.
+        size: height and width in pixels, as 240x320; default: those of training. For a detector,
+            or for proposals: shorter side, and the bound on the longer.
         image: picture to run on; default: a drawn street scene, or clip. Densities depend on it.
         choose: "measured" runs the layers dense that are faster so on this picture, which changes
             what they return; below the table stands what both forms of each took. Default: none.
@@ -126,7 +126,7 @@ def profile(
     model, stored = load_checkpoint(checkpoint)
     architecture = at_size(model, stored, size)
     x: Any
-    if architecture.task == "detection":  # it resizes and normalises by itself
+    if architecture.task in ("detection", "proposals"):  # they resize and normalise by themselves
         shorter, bound = architecture.size
         x = [_pixels(image, (shorter, min(bound, shorter * 4 // 3))).float() / 255]
     elif architecture.task == "video":
@@ -145,7 +145,7 @@ def masks(
     checkpoint: str,
     *,
     data: str,
-    dataset: Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco"] | None = None,
+    dataset: Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco", "voc"] | None = None,
     images: tuple[int, ...] | list[int] = (0, 33, 66),
     split: Literal["train", "val"] = "val",
     size: tuple[int, int] | None = None,
@@ -161,8 +161,8 @@ def masks(
         dataset: which one it is; default: what the checkpoint says.
         images: positions in the split, as [0,33,66].
         split: which images; "val" is CIFAR-10's test set.
-        size: height and width in pixels, as 240x320; default: those of training. For a detector:
-            shorter side, and the bound on the longer.
+        size: height and width in pixels, as 240x320; default: those of training. For a detector,
+            or for proposals: shorter side, and the bound on the longer.
         out: folder for the pictures: overview.png, and one PNG an image.
         shows_data: draw photographs and annotations too; false draws masks over the predicted
             classes, or over a blank canvas, for data that may not be published.
@@ -200,15 +200,15 @@ def predict(
 ) -> list[str]:
     """Write what a checkpoint says of pictures: label maps, or detections as COCO's results.
 
-    Segmentation writes NAME_labels.png, one byte a pixel, at the picture's own size. Detection
-    writes predictions.json and images.json. Both write NAME_overlay.png.
+    Segmentation writes NAME_labels.png, one byte a pixel, at the picture's own size. Detection and
+    mask proposals write predictions.json and images.json. All write NAME_overlay.png.
 
     Args:
-        checkpoint: weights.safetensors of a training run for segmentation or detection.
+        checkpoint: weights.safetensors of a training run for segmentation, detection or proposals.
         images: a PNG or JPEG file, or a folder of them.
         out: folder for the files.
-        size: height and width in pixels, as 240x320; default: those of training. For a detector:
-            shorter side, and the bound on the longer.
+        size: height and width in pixels, as 240x320; default: those of training. For a detector,
+            or for proposals: shorter side, and the bound on the longer.
         scales: of a segmentation model: factors on the size, as 0.75,1,1.25, that are averaged.
         flip: of a segmentation model: each also mirrored, left to right.
         window: of a segmentation model: height and width of the windows that a large image is cut

@@ -10,9 +10,20 @@ from PIL import Image
 from torch import nn
 
 from sparsight.nn import Sampler
-from sparsight.train.architecture import Architecture, DetectorArchitecture, build_dense, convert
+from sparsight.train.architecture import (
+    Architecture,
+    DetectorArchitecture,
+    ProposalArchitecture,
+    build_dense,
+    convert,
+)
 from sparsight.train.checkpoint import save_checkpoint
-from sparsight.train.data import SyntheticClasses, SyntheticScenes, write_synthetic_coco
+from sparsight.train.data import (
+    SyntheticClasses,
+    SyntheticScenes,
+    write_synthetic_coco,
+    write_synthetic_voc,
+)
 from sparsight.train.sampling import Sampling
 
 NUM_IMAGES = 4
@@ -50,6 +61,16 @@ ARCHITECTURES = {
         size=(64, 90),
         sampling=SAMPLING,
     ),
+    "voc": ProposalArchitecture(
+        backbone="resnet18",
+        num_stages=2,
+        k=3,
+        m=7,
+        head_channels=8,
+        size=(64, 90),
+        scales=(0.5, 1.0),
+        sampling=SAMPLING,
+    ),
 }
 
 
@@ -57,6 +78,8 @@ def write_data(name: str, root: Path) -> Path:
     """Write the validation images of a data set, and of its training images what a reader asks."""
     if name == "coco":
         return write_synthetic_coco(root, num_images=NUM_IMAGES, split="val2017", size=(64, 80))
+    if name == "voc":
+        return write_synthetic_voc(root, num_images=NUM_IMAGES, split="val", size=(64, 80))
     if name in ("cifar10", "imagenet"):
         drawn = SyntheticClasses(NUM_IMAGES, size=(32, 32))
         pixels = [drawn[i][0].permute(1, 2, 0).numpy() for i in range(NUM_IMAGES)]

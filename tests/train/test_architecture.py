@@ -11,6 +11,7 @@ from sparsight.nn.pooling import PooledConv2d
 from sparsight.train.architecture import (
     Architecture,
     DetectorArchitecture,
+    ProposalArchitecture,
     Sampling,
     architecture_from_json,
     at_size,
@@ -269,3 +270,42 @@ def test_a_detectors_blocks_that_select_channels_stay_dense():
     names = [name for name, m in model.named_modules() if isinstance(m, SampledBlock)]
     assert len(names) == 7 and "backbone.body.layer2.1" not in names
     assert pruned_architecture(SMALL_DETECTOR, build_dense(small)) == small
+
+
+PROPOSALS = ProposalArchitecture(
+    backbone="resnet18", num_stages=2, k=3, m=9, head_channels=8, size=(64, 96), scales=(0.5, 1.0)
+)
+
+
+def test_a_model_that_proposes_masks_is_what_it_says():
+    text = json.dumps(replace(PROPOSALS, sampling=Sampling()).to_json())
+    architecture = architecture_from_json(json.loads(text))
+    assert architecture == replace(PROPOSALS, sampling=Sampling())
+    assert (architecture.task, architecture.num_classes) == ("proposals", 2)
+    model = convert(build_dense(architecture), architecture)
+    assert (model.k, model.m, model.min_size, model.max_size) == (3, 9, 64, 96)
+    assert model.scales == (0.5, 1.0) and model.network.masks[2].out_channels == 9
+    assert sum(isinstance(module, SampledBlock) for module in model.modules()) == 4
+    assert not hasattr(model.network.backbone, "layer3")
+
+
+def test_it_resizes_to_the_size_it_is_told():
+    model = build_dense(PROPOSALS)
+    assert at_size(model, PROPOSALS, (32, 80)).size == (32, 80)
+    assert (model.min_size, model.max_size) == (32, 80)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"size": (32, 48), "scales": (1.0,)}, []),
+        ({"k": 5}, ["k is 5, not 3"]),
+        ({"backbone": "vgg16"}, ["backbone is 'vgg16', not 'resnet18'"]),
+        ({"is_norm_frozen": True}, ["is_norm_frozen is True, not False"]),
+    ],
+)
+def test_what_keeps_its_weights_from_fitting_is_named(changes, found):
+    assert PROPOSALS.differences(replace(PROPOSALS, **changes)) == found
+    frozen = replace(PROPOSALS, is_norm_frozen=True)
+    assert frozen.differences(PROPOSALS) == []
+    assert PROPOSALS.differences(DETECTOR) == ["model is 'faster_rcnn', not 'instance_fcn'"]

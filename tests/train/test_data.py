@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsight.train.data import CIFAR10, CamVid, Cityscapes, Coco, ImageFolders
+from sparsight.train.data import CIFAR10, CamVid, Cityscapes, Coco, ImageFolders, Voc
 
 READERS = {
     # reader, a split, what of the layout a message must show, and where to obtain it
@@ -18,6 +18,11 @@ READERS = {
         "val2017",
         "annotations/instances_<split>.json and the images in <split>/",
         "https://cocodataset.org/#download",
+    ),
+    Voc: (
+        "val",
+        "SegmentationObject/, SegmentationClass/ and ImageSets/Segmentation/<split>.txt, or SBD's",
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
     ),
 }
 
@@ -37,4 +42,4 @@ def test_missing_data_say_the_folder_the_layout_and_the_source(reader, folder, t
 
 def test_names_are_those_of_the_command_line():
     names = [reader.name for reader in READERS]
-    assert names == ["camvid", "cityscapes", "cifar10", "imagenet", "coco"]
+    assert names == ["camvid", "cityscapes", "cifar10", "imagenet", "coco", "voc"]

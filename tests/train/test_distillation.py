@@ -10,7 +10,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsight.models import resnet_cifar
-from sparsight.train.architecture import Architecture, DetectorArchitecture, build_dense, convert
+from sparsight.train.architecture import (
+    Architecture,
+    DetectorArchitecture,
+    ProposalArchitecture,
+    build_dense,
+    convert,
+)
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
 from sparsight.train.classification_task import ClassificationTask
 from sparsight.train.distillation import Distillation, load_teacher, shared_flags
@@ -124,6 +130,8 @@ def test_a_teacher_may_be_of_another_depth_or_architecture(tmp_path, weights):
         load_teacher(tmp_path / "w.safetensors", like=DENSE)
     with pytest.raises(FileNotFoundError):
         load_teacher(tmp_path / "none.safetensors", like=FPN)
+    with pytest.raises(ValueError, match=r"is to teach instance_fcn; a student for segmentation"):
+        load_teacher(tmp_path / "w.safetensors", like=ProposalArchitecture())
 
 
 def test_training_trains_adapters_and_leaves_the_teacher_alone(tmp_path, weights):

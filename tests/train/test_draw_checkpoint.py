@@ -150,3 +150,26 @@ def test_what_cannot_be_drawn_is_refused(checkpoint_of, tmp_path):
     save_checkpoint(tmp_path / "dense.safetensors", build_dense(dense), dense)
     with pytest.raises(ValueError, match=r"has no samplers"):
         draw_checkpoint(tmp_path / "dense.safetensors", data=root, images=[0], out=tmp_path)
+
+
+def test_proposals_are_drawn_with_the_masks_of_the_largest_scale(checkpoint_of, drawn, tmp_path):
+    weights, root = checkpoint_of("voc")
+    options = {"data": root, "dataset": "voc", "images": [1]}
+    draw_checkpoint(weights, **options, out=tmp_path / "a", shows_data=True)
+    overview, each = drawn.values()
+    prediction = overview["panels"][1]
+    assert len(overview["panels"]) == 3 and "best 10 of" in prediction.title
+    assert len(each["panels"]) == 3 + 2 * 4 + 1
+    model, architecture = load_checkpoint(weights)
+    images = open_evaluation_data(
+        "voc", root, split="val", num_classes=2, size=architecture.size, task="proposals"
+    )
+    image, _ = images.view[1]
+    assert prediction.pixels.shape == (*image.shape[1:], 3)
+    tensors, _ = model.eval().prepare([image], [1.0])
+    with torch.no_grad(), record_sampling(model.network) as record:
+        model.network(tensors)
+    last = float(record.decisions[-1].mask.float().mean())
+    assert each["panels"][-1].title.endswith(f"{last:.0%} computed")
+    draw_checkpoint(weights, **options, out=tmp_path / "b")
+    assert len(drawn["overview.png"]["panels"]) == 2

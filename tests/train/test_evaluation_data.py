@@ -9,7 +9,12 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Subset
 
-from sparsight.train.architecture import Architecture, DetectorArchitecture, build_dense
+from sparsight.train.architecture import (
+    Architecture,
+    DetectorArchitecture,
+    ProposalArchitecture,
+    build_dense,
+)
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
 from sparsight.train.evaluation_data import dataset_of, open_evaluation_data
 
@@ -159,3 +164,34 @@ def test_an_unknown_name_and_a_missing_split_are_refused(checkpoint_of):
         open_evaluation_data("mnist", ".", split="val", num_classes=10, size=(32, 32))
     with pytest.raises(FileNotFoundError, match=r"has no folder 'train'"):
         open_with("camvid", checkpoint_of, split="train", num_classes=11)
+
+
+def test_proposals_are_of_coco_unless_the_checkpoint_says_voc(tmp_path):
+    proposals = ProposalArchitecture(backbone="resnet18")
+    assert dataset_of(save(tmp_path, proposals)) == "coco"
+    assert dataset_of(save(tmp_path, proposals, "voc")) == "voc"
+    with pytest.raises(ValueError, match=r"for proposals .* 'camvid' .*; one of coco, voc is"):
+        dataset_of(save(tmp_path, proposals), "camvid")
+
+
+@pytest.mark.parametrize("name", ["coco", "voc"])
+def test_images_with_masks_come_as_the_model_takes_them(name, checkpoint_of):
+    model, architecture = load_checkpoint(checkpoint_of("voc")[0])
+    data = open_evaluation_data(
+        name,
+        checkpoint_of(name)[1],
+        split="val",
+        num_classes=architecture.num_classes,
+        size=architecture.size,
+        task=architecture.task,
+    )
+    assert (len(data), data.task) == (4, "proposals") and len(
+        {data.title(i) for i in range(4)}
+    ) == 4
+    images, targets = next(iter(data.batches(3)))
+    assert len(images) == 3 and targets[0]["masks"].shape[1:] == images[0].shape[1:]
+    model.max_proposals = 5
+    score = data.score(model.eval(), batch_size=3)
+    assert score.num_images == 4 and next(iter(score.figures)) == "ar100"
+    with torch.no_grad():
+        assert "masks" in model(data.example(3))[0]

@@ -12,6 +12,7 @@ from PIL import Image
 from sparsight.train.checkpoint import load_checkpoint
 from sparsight.train.data.augment import normalised_picture
 from sparsight.train.data.camvid import read_image
+from sparsight.train.data.mask_rle import decode_masks
 from sparsight.train.dense_inference import DenseInference
 from sparsight.train.pictures import colour_of
 from sparsight.train.predict_checkpoint import categories_of, find_pictures, predict_checkpoint
@@ -151,3 +152,26 @@ def test_what_cannot_be_predicted_is_refused(checkpoint_of, pictures, tmp_path):
         predict_checkpoint(
             detector, images=pictures, out=tmp_path, inference=DenseInference(flip=True)
         )
+
+
+def test_mask_proposals_are_cocos_results_with_run_lengths(checkpoint_of, pictures, tmp_path):
+    weights, _ = checkpoint_of("voc")
+    written = predict_checkpoint(weights, images=pictures, out=tmp_path, frozen=False)
+    assert [path.name for path in written] == [
+        "a_overlay.png",
+        "b_overlay.png",
+        "predictions.json",
+        "images.json",
+    ]
+    found = json.loads((tmp_path / "predictions.json").read_text())
+    model = load_checkpoint(weights)[0].eval()
+    pixels = read_image(pictures / "b.png")
+    with torch.no_grad():
+        (expected,) = model([torch.from_numpy(pixels).permute(2, 0, 1).float() / 255])
+    own = [row for row in found if row["image_id"] == 2]
+    assert len(own) == len(expected["scores"]) > 0
+    masks = decode_masks([row["segmentation"] for row in own], size=(40, 50))
+    assert torch.equal(masks, expected["masks"][:, 0])
+    overlay = np.array(Image.open(tmp_path / "b_overlay.png"))
+    best = expected["masks"][0, 0].numpy()
+    assert (overlay[best] != pixels[best]).any(1).mean() > 0.9

@@ -7,6 +7,7 @@ torchvision only to build a backbone that was asked for by name.
 
 from sparsight.models.faster_rcnn import faster_rcnn
 from sparsight.models.frrn import FRRN, frrn_a, frrn_b
+from sparsight.models.instance_fcn import InstanceFCN, instance_fcn
 from sparsight.models.refinenet import RefineNet, light_weight_refinenet, refinenet
 from sparsight.models.resnet_cifar import ResNetCifar, load_resnet_cifar, resnet_cifar
 from sparsight.models.semantic_fpn import SemanticFPN, semantic_fpn
@@ -17,6 +18,7 @@ from sparsight.models.torchvision_segmentation import torchvision_segmentation
 
 __all__ = [
     "FRRN",
+    "InstanceFCN",
     "RefineNet",
     "ResNetCifar",
     "SemanticFPN",
@@ -24,6 +26,7 @@ __all__ = [
     "faster_rcnn",
     "frrn_a",
     "frrn_b",
+    "instance_fcn",
     "light_weight_refinenet",
     "load_resnet_cifar",
     "read_state_dict",

@@ -12,8 +12,13 @@ from sparsight.train.annealing import (
     geometric_temperature,
     published_temperature,
 )
-from sparsight.train.architecture import Architecture, DetectorArchitecture
+from sparsight.train.architecture import (
+    Architecture,
+    DetectorArchitecture,
+    ProposalArchitecture,
+)
 from sparsight.train.average_precision import AveragePrecision, average_precision
+from sparsight.train.average_recall import AverageRecall, average_recall
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint
 from sparsight.train.dense_inference import DenseInference
 from sparsight.train.detection_task import DetectionTask
@@ -22,8 +27,10 @@ from sparsight.train.evaluate import Score, score
 from sparsight.train.evaluate_checkpoint import evaluate_checkpoint
 from sparsight.train.evaluate_classification import ClassificationScore, score_classification
 from sparsight.train.evaluate_detection import DetectionScore, score_detector
+from sparsight.train.evaluate_proposals import ProposalScore, score_proposals
 from sparsight.train.filter_pruning import FilterPruning
 from sparsight.train.hardware import Hardware
+from sparsight.train.proposal_task import ProposalTask
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampled_task import SampledTask
 from sparsight.train.sampling import Plan, Sampling, apply_sampling, plan
@@ -33,6 +40,7 @@ from sparsight.train.tasks import SegmentationTask
 __all__ = [
     "Architecture",
     "AveragePrecision",
+    "AverageRecall",
     "BudgetController",
     "ClassificationScore",
     "DenseInference",
@@ -43,6 +51,9 @@ __all__ = [
     "FilterPruning",
     "Hardware",
     "Plan",
+    "ProposalArchitecture",
+    "ProposalScore",
+    "ProposalTask",
     "Recipe",
     "SampledTask",
     "Sampling",
@@ -53,6 +64,7 @@ __all__ = [
     "TemperatureAnnealing",
     "apply_sampling",
     "average_precision",
+    "average_recall",
     "evaluate_checkpoint",
     "geometric_temperature",
     "load_checkpoint",
@@ -64,6 +76,7 @@ __all__ = [
     "score",
     "score_classification",
     "score_detector",
+    "score_proposals",
     "settle_on_budget",
     "shared_flags",
 ]

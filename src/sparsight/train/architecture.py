@@ -15,6 +15,7 @@ from sparsight.models import (
     faster_rcnn,
     frrn_a,
     frrn_b,
+    instance_fcn,
     light_weight_refinenet,
     refinenet,
     resnet_cifar,
@@ -23,6 +24,8 @@ from sparsight.models import (
     torchvision_resnet,
     torchvision_segmentation,
 )
+from sparsight.models.instance_fcn import SCALES
+from sparsight.models.stride8_trunks import TrunkName
 from sparsight.nn import ChannelSelect
 from sparsight.train.pooling import PoolingKind, apply_pooling
 from sparsight.train.sampling import Sampling, apply_sampling
@@ -37,7 +40,7 @@ SegmentationModel = Literal[
     "light_weight_refinenet",
 ]
 ModelName = SegmentationModel | Literal["resnet", "resnet_cifar", "small_c3d"]
-Task = Literal["segmentation", "classification", "detection", "video"]
+Task = Literal["segmentation", "classification", "detection", "proposals", "video"]
 Backbone = Literal[
     "resnet18",
     "resnet34",
@@ -207,15 +210,82 @@ class DetectorArchitecture:
         )
 
 
-AnyArchitecture = Architecture | DetectorArchitecture
+@dataclass(frozen=True, kw_only=True)
+class ProposalArchitecture:
+    """A model that proposes masks, as `sparsight.models.instance_fcn` builds it.
+
+    Attributes:
+        model: "instance_fcn".
+        backbone: "vgg16", or torchvision's name of a ResNet.
+        num_stages: of a ResNet, 2 to 4.
+        is_norm_frozen: norms of a ResNet are constants.
+        k: bins a side of a window.
+        m: cells a side of a window.
+        head_channels: width of both branches.
+        size: shorter side that images are resized to at scale 1, and the bound on the longer side,
+            in pixels.
+        scales: factors on the size.
+        sampling: None for a dense model.
+        widths: of a pruned model, as for `Architecture`.
+        selected: of a pruned model, as for `Architecture`.
+    """
+
+    model: Literal["instance_fcn"] = "instance_fcn"
+    backbone: TrunkName = "vgg16"
+    num_stages: int = 4
+    is_norm_frozen: bool = False
+    k: int = 5
+    m: int = 21
+    head_channels: int = 512
+    size: tuple[int, int] = (600, 1200)
+    scales: tuple[float, ...] = SCALES
+    sampling: Sampling | None = None
+    widths: dict[str, list[int]] | None = None
+    selected: dict[str, int] | None = None
+
+    @property
+    def task(self) -> Task:
+        """What the model is for."""
+        return "proposals"
+
+    @property
+    def num_classes(self) -> int:
+        """Background and object: what an object is makes no difference."""
+        return 2
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for `json.dumps`."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> ProposalArchitecture:
+        """Return what `to_json` described; ValueError for unknown or missing fields."""
+        known = _fields_from_json(ProposalArchitecture, values)
+        return ProposalArchitecture(**{**known, "scales": tuple(values["scales"])})
+
+    def differences(self, other: AnyArchitecture) -> list[str]:
+        """Return what keeps weights of `other` from fitting; size and scales do not.
+
+        Norms that were trained may be frozen, not the other way round.
+        """
+        ignored = ["size", "scales", "sampling", "widths", "selected"]
+        if self.is_norm_frozen:
+            ignored.append("is_norm_frozen")
+        return _differences(self, other, ignored=ignored)
+
+
+AnyArchitecture = Architecture | DetectorArchitecture | ProposalArchitecture
+_KINDS: dict[str, type[AnyArchitecture]] = {
+    "faster_rcnn": DetectorArchitecture,
+    "instance_fcn": ProposalArchitecture,
+}
 _ADDED_LATER = {"is_deformable", "channels", "pooling", "pools_strides", "widths", "selected"}
 _LEAST_SIDE = 8  # of an input, in pixels: below, resizing and strides of 32 leave nothing to see
 
 
 def architecture_from_json(values: dict[str, Any]) -> AnyArchitecture:
     """Return the architecture of any kind that its `to_json` described."""
-    kind = DetectorArchitecture if values.get("model") == "faster_rcnn" else Architecture
-    return kind.from_json(values)
+    return _KINDS.get(str(values.get("model")), Architecture).from_json(values)
 
 
 def _fields_from_json(kind: type[AnyArchitecture], values: dict[str, Any]) -> dict[str, Any]:
@@ -264,8 +334,8 @@ def build_dense(architecture: AnyArchitecture) -> nn.Module:
 
     Returns:
         A module (B, 3, H, W) -> {"out": (B, num_classes, H, W)}; one that classifies whole images
-        -> (B, num_classes), clips (B, 1, T, H, W); torchvision's detector, which takes a list of
-        images.
+        -> (B, num_classes), clips (B, 1, T, H, W); torchvision's detector or InstanceFCN, which
+        take a list of images.
     """
     model = _with_selects(_build_full(architecture), architecture.selected)
     if architecture.widths is not None:
@@ -309,6 +379,18 @@ def _build_full(architecture: AnyArchitecture) -> nn.Module:
             max_size=architecture.size[1],
             fpn_channels=architecture.fpn_channels,
             head_channels=architecture.head_channels,
+        )
+    if isinstance(architecture, ProposalArchitecture):
+        return instance_fcn(
+            k=architecture.k,
+            m=architecture.m,
+            backbone=architecture.backbone,
+            num_stages=architecture.num_stages,
+            is_norm_frozen=architecture.is_norm_frozen,
+            head_channels=architecture.head_channels,
+            min_size=architecture.size[0],
+            max_size=architecture.size[1],
+            scales=architecture.scales,
         )
     return apply_pooling(
         _build_with_own_pooling(architecture),
@@ -363,13 +445,13 @@ def convert(dense: nn.Module, architecture: AnyArchitecture) -> nn.Module:
 def at_size(
     model: nn.Module, architecture: AnyArchitecture, size: tuple[int, int] | None
 ) -> AnyArchitecture:
-    """Return `architecture` at another size of its input; a detector is told, for it resizes.
+    """Return `architecture` at another size of its input; models that resize are told.
 
     Args:
-        model: of that architecture; a detector is changed in place.
+        model: of that architecture; a detector and InstanceFCN are changed in place.
         architecture: as it was trained.
-        size: height and width in pixels; for a detector the shorter side, and the bound on the
-            longer. None: as it was trained.
+        size: height and width in pixels; for models that resize the shorter side, and the bound on
+            the longer. None: as it was trained.
 
     Raises:
         ValueError: a side of less than 8 pixels.
@@ -384,4 +466,7 @@ def at_size(
     if isinstance(architecture, DetectorArchitecture):
         detector: Any = model
         detector.transform.min_size, detector.transform.max_size = (size[0],), size[1]
+    if isinstance(architecture, ProposalArchitecture):
+        proposer: Any = model
+        proposer.min_size, proposer.max_size = size[0], max(size)
     return replace(architecture, size=size)

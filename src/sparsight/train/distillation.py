@@ -14,7 +14,11 @@ from sparsight.compress.distiller import logits_in
 from sparsight.compress.hints import HintMode
 from sparsight.models import load_resnet_cifar
 from sparsight.nn.channels_last import put_channels_last
-from sparsight.train.architecture import AnyArchitecture, DetectorArchitecture
+from sparsight.train.architecture import (
+    AnyArchitecture,
+    DetectorArchitecture,
+    ProposalArchitecture,
+)
 from sparsight.train.checkpoint import load_checkpoint
 from sparsight.train.hardware import Hardware
 from sparsight.train.initial_weights import initial_network
@@ -118,8 +122,15 @@ def load_teacher(path: str | Path, *, like: AnyArchitecture) -> nn.Module:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: weights for another task or, where logits are compared, other classes.
+        ValueError: weights for another task or, where logits are compared, other classes; or a
+            student that proposes masks.
     """
+    if isinstance(like, ProposalArchitecture):
+        raise ValueError(
+            f"load_teacher: {str(path)!r} is to teach {like.model}; a student for segmentation, "
+            "classification or detection is required, as its outputs are not compared; leave the "
+            "teacher out."
+        )
     if isinstance(like, DetectorArchitecture) or Path(path).suffix == ".safetensors":
         teacher, stored = load_checkpoint(path)
         task, num_classes = stored.task, stored.num_classes

@@ -32,8 +32,10 @@ from sparsight.train.pictures import (
     share_panel,
     to_pixels,
 )
+from sparsight.train.proposal_pictures import blend_masks
 
 _LEAST_CONFIDENCE = 0.5  # of the boxes that are drawn
+_NUM_DRAWN = 10  # proposals
 _CANVAS = 200  # grey that stands for a photograph which is not to be shown
 
 
@@ -83,7 +85,12 @@ def draw_checkpoint(
     model, stored = load_checkpoint(checkpoint)
     architecture = at_size(model.eval(), stored, size)
     source = open_evaluation_data(
-        name, data, split=split, num_classes=architecture.num_classes, size=architecture.size
+        name,
+        data,
+        split=split,
+        num_classes=architecture.num_classes,
+        size=architecture.size,
+        task=architecture.task,
     )
     classes = None
     if source.task == "segmentation":
@@ -137,6 +144,14 @@ def _look(model: nn.Module, source: EvaluationData, index: int, shows_data: bool
         batch, _ = detector.transform(example)
         frame = Frame(look.frame.size, batch.image_sizes[0], tuple(batch.tensors.shape[2:]))
         return replace(look, frame=frame, decisions=record.decisions)
+    if source.task == "proposals":
+        look = _proposals(source, index, output[0], shows_data)
+        # It looks at each image at all of its scales; shown is the last, which is the largest.
+        proposer: Any = model
+        tensors, (resized,) = proposer.prepare(example, [proposer.scales[-1]])
+        frame = Frame(look.frame.size, resized, tuple(tensors.shape[2:]))
+        num_samplers = len(record.decisions) // len(proposer.scales)
+        return replace(look, frame=frame, decisions=record.decisions[-num_samplers:])
     show = _segmentation if source.task == "segmentation" else _classification
     return replace(show(source, index, output, shows_data), decisions=record.decisions)
 
@@ -189,6 +204,24 @@ def _detection(
             for box, label in zip(target["boxes"], target["labels"], strict=True)
         ]
         panels = [Panel(f"{title}: annotation", background, truth), *panels]
+    return _Look(panels, background, Frame.plain(size))
+
+
+def _proposals(
+    source: EvaluationData, index: int, found: dict[str, Tensor], shows_data: bool
+) -> _Look:
+    image, target = source.view[index]
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    size = pixels.shape[0], pixels.shape[1]
+    background = pixels if shows_data else _canvas(size)
+    title = source.title(index)
+    drawn = found["masks"][:_NUM_DRAWN, 0]
+    caption = f"best {len(drawn)} of {len(found['masks'])} proposals"
+    prediction = blend_masks(background, drawn)
+    panels = [Panel(caption if shows_data else f"{title}: {caption}", prediction)]
+    if shows_data:
+        truth = blend_masks(background, target["masks"][~target["iscrowd"]])
+        panels = [Panel(f"{title}: annotation", truth), *panels]
     return _Look(panels, background, Frame.plain(size))
 
 

@@ -65,7 +65,8 @@ def evaluate_checkpoint(
         "seeds": those that were scored;
         "summary": by name of a metric, and for "share" and "macs_total", {"mean", "std", "min",
         "max"} over the seeds, "std" None for one seed;
-        "scores": the fields of `Score`, `ClassificationScore` or `DetectionScore`, per seed;
+        "scores": the fields of `Score`, `ClassificationScore`, `DetectionScore` or
+        `ProposalScore`, per seed;
         "published_gmacs", for detectors: the paper's count, per seed;
         "latency", if measured: the fields of `LatencyComparison`, see `latency_rows`.
 
@@ -96,6 +97,7 @@ def evaluate_checkpoint(
         split=split,
         num_classes=architecture.num_classes,
         size=architecture.size,
+        task=architecture.task,
     )
     example = images.example()
     part = inference.example(example)

@@ -21,27 +21,32 @@ from sparsight.train.data import (
     ImageFolders,
     MovingShapes,
     SeededView,
+    Voc,
     cifar10_evaluation_transform,
     clip_transform,
     collate_detection,
     detection_transform,
     evaluation_transform,
     imagenet_evaluation_transform,
+    proposal_transform,
 )
 from sparsight.train.evaluate import Score, score
 from sparsight.train.evaluate_classification import ClassificationScore, score_classification
 from sparsight.train.evaluate_detection import DetectionScore, score_detector
+from sparsight.train.evaluate_proposals import ProposalScore, score_proposals
 
-DatasetName = Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco", "moving_shapes"]
+DatasetName = Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco", "voc", "moving_shapes"]
 Split = Literal["train", "val"]
 
-_TASK_OF: dict[DatasetName, Task] = {
-    "camvid": "segmentation",
-    "cityscapes": "segmentation",
-    "cifar10": "classification",
-    "imagenet": "classification",
-    "coco": "detection",
-    "moving_shapes": "video",
+# What models of a data set are for; the first where nothing else says it.
+_TASKS_OF: dict[DatasetName, tuple[Task, ...]] = {
+    "camvid": ("segmentation",),
+    "cityscapes": ("segmentation",),
+    "cifar10": ("classification",),
+    "imagenet": ("classification",),
+    "coco": ("detection", "proposals"),
+    "voc": ("proposals",),
+    "moving_shapes": ("video",),
 }
 
 
@@ -49,9 +54,10 @@ def dataset_of(checkpoint: str | Path, asked: DatasetName | None = None) -> Data
     """Return which data set a checkpoint is scored on.
 
     What is asked for counts; without it what the checkpoint says of its training; and for
-    checkpoints that say nothing, what follows from the architecture: a detector is of COCO, a
-    ResNet for 32x32 images of CIFAR-10, torchvision's ResNet of ImageNet, a segmentation model with
-    11 classes of CamVid and with 19 of Cityscapes, one for clips of the moving shapes.
+    checkpoints that say nothing, what follows from the architecture: a detector, or a model that
+    proposes masks, is of COCO, a ResNet for 32x32 images of CIFAR-10, torchvision's ResNet of
+    ImageNet, a segmentation model with 11 classes of CamVid and with 19 of Cityscapes, one for
+    clips of the moving shapes.
 
     Args:
         checkpoint: a file that `save_checkpoint` wrote.
@@ -64,7 +70,7 @@ def dataset_of(checkpoint: str | Path, asked: DatasetName | None = None) -> Data
     """
     architecture, told = read_architecture(checkpoint), read_dataset(checkpoint)
     name = asked or told or _usual(architecture)
-    fitting = [known for known, task in _TASK_OF.items() if task == architecture.task]
+    fitting = [known for known, tasks in _TASKS_OF.items() if architecture.task in tasks]
     if name in fitting:
         return name  # type: ignore[return-value]  # one of the names, by the line before
     found = f"was trained on {told!r}" if told else "does not say what data set it was trained on"
@@ -77,7 +83,7 @@ def dataset_of(checkpoint: str | Path, asked: DatasetName | None = None) -> Data
 
 
 def _usual(architecture: AnyArchitecture) -> DatasetName | None:
-    if architecture.task == "detection":
+    if architecture.task in ("detection", "proposals"):
         return "coco"
     if architecture.task == "video":
         return "moving_shapes"
@@ -95,11 +101,13 @@ class EvaluationData:
         name: of the data set.
         source: its reader.
         view: (image, annotation) by index, transformed.
+        asked: what the models are for, where the data set is of several tasks.
     """
 
     name: DatasetName
     source: Any
     view: SeededView
+    asked: Task | None = None
 
     def __len__(self) -> int:
         return len(self.view)
@@ -107,7 +115,7 @@ class EvaluationData:
     @property
     def task(self) -> Task:
         """What models of this data set are for."""
-        return _TASK_OF[self.name]
+        return self.asked or _TASKS_OF[self.name][0]
 
     @property
     def classes(self) -> Sequence[str | None]:
@@ -120,7 +128,7 @@ class EvaluationData:
         return DataLoader(self.view, batch_size=batch_size, collate_fn=collate_fn)
 
     def example(self, index: int = 0) -> Tensor | list[Tensor]:
-        """Return one image as the model takes it: a batch, channels-last; in a list to detect.
+        """Return one image as the model takes it: a batch, channels-last; or in a list.
 
         Raises:
             ValueError: there is no such image.
@@ -131,7 +139,7 @@ class EvaluationData:
                 "choose another image, or another split."
             )
         image = self.view[index][0]
-        if self.task == "detection":
+        if self.task in ("detection", "proposals"):
             return [image]
         return channels_last(image[None])
 
@@ -149,11 +157,13 @@ class EvaluationData:
 
     def score(
         self, model: nn.Module, *, batch_size: int
-    ) -> Score | ClassificationScore | DetectionScore:
+    ) -> Score | ClassificationScore | DetectionScore | ProposalScore:
         """Return what a model, in eval mode, scores on all images and what it computes for that."""
         batches = self.batches(batch_size)
         if self.task == "detection":
             return score_detector(model, batches, data=self.source)
+        if self.task == "proposals":
+            return score_proposals(model, batches, data=self.source)
         if self.task in ("classification", "video"):
             return score_classification(model, batches, num_classes=len(self.classes))
         return score(
@@ -175,6 +185,7 @@ def _collate_segmentation(items: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 _COLLATING: dict[Task, Callable[[list[Any]], Any]] = {
     "detection": collate_detection,
+    "proposals": collate_detection,
     "segmentation": _collate_segmentation,
 }
 
@@ -186,6 +197,7 @@ def open_evaluation_data(
     split: Split,
     num_classes: int,
     size: tuple[int, int],
+    task: Task | None = None,
 ) -> EvaluationData:
     """Return a split of a data set for models of `num_classes` classes and of an input size.
 
@@ -195,8 +207,9 @@ def open_evaluation_data(
             for moving_shapes, which are drawn.
         split: "train", or "val", which is CIFAR-10's test set.
         num_classes: of the model; a detector's with the background.
-        size: height and width in pixels that images are brought to; of detectors, which resize
+        size: height and width in pixels that images are brought to; of models that resize
             themselves, not used.
+        task: of the model, where the data set is of several; default: its first.
 
     Raises:
         FileNotFoundError: a folder or file is missing; says which layout is expected and where to
@@ -211,6 +224,10 @@ def open_evaluation_data(
             f"open_evaluation_data: no folder was given for {name}; the one that holds its images "
             "is required; pass --data DIR."
         )
+    elif task == "proposals" and name in ("coco", "voc"):
+        source = Coco(root, f"{split}2017", with_masks=True) if name == "coco" else Voc(root, split)
+        view = SeededView(source, proposal_transform())
+        return EvaluationData(name, source, view, task)
     elif name == "coco":
         source = Coco(root, f"{split}2017", num_classes=num_classes)
         return EvaluationData(

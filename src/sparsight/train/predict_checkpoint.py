@@ -17,14 +17,17 @@ from torch import Tensor
 from sparsight.convert import freeze
 from sparsight.train.architecture import AnyArchitecture, at_size
 from sparsight.train.average_precision import to_coco
+from sparsight.train.average_recall import to_coco_masks
 from sparsight.train.checkpoint import load_checkpoint, write_atomically
 from sparsight.train.data.augment import normalised_picture
 from sparsight.train.data.camvid import read_image
 from sparsight.train.dense_inference import DenseInference
 from sparsight.train.pictures import colour_classes, colour_of
+from sparsight.train.proposal_pictures import blend_masks
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _LEAST_CONFIDENCE = 0.5  # of the boxes that are drawn; the JSON has all
+_NUM_DRAWN = 10  # proposals
 _MOST_CLASSES = 255  # that a one-byte label map can tell apart
 # COCO numbers its 80 categories from 1 to 90 with gaps; a detector of 81 classes counts them.
 _GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
@@ -41,7 +44,7 @@ def predict_checkpoint(
     frozen: bool = True,
     overlays: bool = True,
 ) -> list[Path]:
-    """Write what a model for segmentation or detection says of pictures.
+    """Write what a model for segmentation, detection or mask proposals says of pictures.
 
     Segmentation: NAME_labels.png, one byte a pixel, the class's number, at the picture's own size;
     and NAME_overlay.png, the picture half covered by the classes' colours.
@@ -52,6 +55,9 @@ def predict_checkpoint(
     id is the number that the file is named by, as COCO's are, if all of them are; else the place in
     the order of the names, from 1. Categories are numbered as COCO's for a detector of 81 or 91
     classes, and else by label.
+
+    Mask proposals: the same files; each result also has its "segmentation", compressed run lengths,
+    and category 1; the picture has the ten best masks.
 
     Args:
         checkpoint: a file that `save_checkpoint` wrote.
@@ -182,12 +188,20 @@ def _detect(
         if runs is None:
             runs = freeze(model, example=[image]) if frozen else model
         (detections,) = runs([image])
-        found += to_coco(detections, image_id=number, category_of=category_of)
+        if architecture.task == "proposals":
+            found += to_coco_masks(detections, image_id=number)
+        else:
+            found += to_coco(detections, image_id=number, category_of=category_of)
         height, width = pixels.shape[:2]
         listed.append({"id": number, "file_name": path.name, "height": height, "width": width})
         if overlays:
             written.append(out / f"{path.stem}_overlay.png")
-            _write_png(written[-1], _with_boxes(pixels, detections))
+            _write_png(
+                written[-1],
+                blend_masks(pixels, detections["masks"][:_NUM_DRAWN, 0])
+                if architecture.task == "proposals"
+                else _with_boxes(pixels, detections),
+            )
     for name, content in (("predictions.json", found), ("images.json", listed)):
         written.append(out / name)
         write_atomically(written[-1], json.dumps(content).encode())

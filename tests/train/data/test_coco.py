@@ -8,6 +8,7 @@ from PIL import Image
 
 from sparsight.train.average_precision import average_precision, to_coco
 from sparsight.train.data.coco import Coco
+from sparsight.train.data.mask_rle import decode_masks
 from sparsight.train.data.synthetic_coco import write_synthetic_coco
 
 
@@ -161,3 +162,35 @@ def test_the_real_data_is_as_described():
         crowds = sum(a["iscrowd"] for a in truth["annotations"])
         in_items = sum(len(dataset[i][1]["boxes"]) for i in range(len(dataset)))
         assert in_items == count - crowds
+
+
+def test_masks_come_with_their_crowds_and_without_what_is_not_seen(root):
+    dataset, plain = Coco(root, with_masks=True), Coco(root)
+    truth = dataset.ground_truth()
+    assert len(truth["annotations"]) == len(plain.ground_truth()["annotations"])
+    json.dumps(truth)
+    num_crowds = 0
+    for i in range(len(dataset)):
+        image, target = dataset[i]
+        own = [a for a in truth["annotations"] if a["image_id"] == target["image_id"]]
+        masks = decode_masks([a["segmentation"] for a in own], size=tuple(image.shape[1:]))
+        seen = masks.flatten(1).any(1)
+        assert torch.equal(target["masks"], masks[seen])
+        crowds = torch.tensor([bool(a["iscrowd"]) for a in own], dtype=torch.bool)
+        assert torch.equal(target["iscrowd"], crowds[seen])
+        assert len(target["boxes"]) == len(target["labels"]) == int(seen.sum())
+        num_crowds += int(target["iscrowd"].sum())
+    assert num_crowds == 2
+    assert (
+        "masks" not in plain[0][1] and "segmentation" not in plain.ground_truth()["annotations"][0]
+    )
+    part = dataset.ground_truth([int(dataset.image_ids[3])])
+    wanted = [a for a in truth["annotations"] if a["image_id"] == int(dataset.image_ids[3])]
+    assert [a["segmentation"] for a in part["annotations"]] == [a["segmentation"] for a in wanted]
+
+
+def test_annotations_without_masks_are_refused_where_masks_are_wanted(root):
+    edit(root, lambda c: c["annotations"][2].pop("segmentation"))
+    Coco(root)
+    with pytest.raises(ValueError, match=r"annotation 3 of image \d+ has no mask that can be read"):
+        Coco(root, with_masks=True)

@@ -53,3 +53,18 @@ def test_bad_arguments_are_named():
         draw_scene((8, 64), seed=0)
     with pytest.raises(IndexError, match=r"SyntheticScenes: index 2 of 2 scenes; 0 to 1"):
         SyntheticScenes(2)[2]
+
+
+def test_instances_are_numbered_as_their_boxes_and_covered_by_nearer_ones():
+    for seed in range(5):
+        scene = draw_scene((96, 128), seed=seed)
+        numbers = scene.instance_map
+        assert torch.equal(numbers > 0, (scene.class_map == CAR) | (scene.class_map == PEDESTRIAN))
+        for i, (box, label) in enumerate(
+            zip(scene.boxes.int().tolist(), scene.labels, strict=True)
+        ):
+            mask = numbers == i + 1
+            x0, y0, x1, y1 = box
+            assert mask.sum() == mask[y0:y1, x0:x1].sum()
+            assert (scene.class_map[mask] == label).all()
+        assert (numbers == len(scene.boxes)).any()  # the nearest is seen

@@ -1,7 +1,8 @@
-"""COCO's images with their boxes, read from the folders as they are distributed."""
+"""COCO's images with their boxes or masks, read from the folders as they are distributed."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Collection, Sequence
@@ -13,6 +14,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+
+from sparsight.train.data.mask_rle import compress_segmentation, decode_masks
 
 _LAYOUT = (
     "expected annotations/instances_<split>.json and the images in <split>/, with splits train2017 "
@@ -38,10 +41,12 @@ class Coco(Dataset[tuple[tv_tensors.Image, Target]]):
             the category ids if it is K + 1 (default: 81 for COCO), and the category ids themselves
             if it is the largest one plus 1 (91 for COCO: torchvision's weights).
         max_images: the first so many images only. Default None, all.
+        with_masks: also yield the objects' masks, and crowd regions, marked as such.
 
     Raises:
         FileNotFoundError: a folder, the annotation file or an image is missing.
-        ValueError: the file is no instance annotation, or `num_classes` fits neither numbering.
+        ValueError: the file is no instance annotation, `num_classes` fits neither numbering, or
+            masks are wanted and an annotation has none.
 
     Attributes:
         num_classes: see above.
@@ -51,8 +56,10 @@ class Coco(Dataset[tuple[tv_tensors.Image, Target]]):
     An item is `(image, target)`: image uint8 (3, H, W) RGB; target {"boxes": (N, 4) float32 x0 y0
     x1 y1 in pixels, "labels": (N,) int64, "image_id": int}. Crowd regions are no boxes to learn;
     `ground_truth` has them, because detections in them do not count as wrong. Boxes are clipped to
-    the image, and empty ones left out. Reading an item raises ValueError for a file that is no
-    image, or one of another size than the annotations say.
+    the image, and empty ones left out. With masks, the target also has {"masks": (N, H, W) bool,
+    "iscrowd": (N,) bool}, crowd regions are among the N, and objects of no pixel are not. Reading
+    an item raises ValueError for a file that is no image, or one of another size than the
+    annotations say.
 
     Source: Lin et al., ECCV 2014, arXiv 1405.0312.
     """
@@ -67,7 +74,9 @@ class Coco(Dataset[tuple[tv_tensors.Image, Target]]):
         keeps_empty: bool = True,
         num_classes: int | None = None,
         max_images: int | None = None,
+        with_masks: bool = False,
     ) -> None:
+        self.with_masks = with_masks
         annotation_file = Path(root) / "annotations" / f"instances_{split}.json"
         self.image_dir = Path(root) / split
         for path, is_there in (
@@ -127,6 +136,11 @@ class Coco(Dataset[tuple[tv_tensors.Image, Target]]):
         self._categories = np.array([a["category_id"] for a in rows], dtype=np.int64)
         self._areas = np.array([a["area"] for a in rows], dtype=np.float64)
         self._crowds = np.array([bool(a.get("iscrowd", 0)) for a in rows], dtype=bool)
+        if self.with_masks:
+            sizes = np.repeat(self.sizes, np.diff(self._starts), axis=0).tolist()
+            counts = [_compressed(a, size) for a, size in zip(rows, sizes, strict=True)]
+            self._mask_starts = np.cumsum([0, *map(len, counts)])
+            self._masks = np.frombuffer(b"".join(counts), dtype=np.uint8)
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -142,11 +156,21 @@ class Coco(Dataset[tuple[tv_tensors.Image, Target]]):
                 f"annotations are for {width}x{height} (width x height); equal sizes are required, "
                 "or boxes would be elsewhere; fetch the image again."
             )
-        rows = slice(self._starts[index], self._starts[index + 1])
+        rows = slice(int(self._starts[index]), int(self._starts[index + 1]))
         x, y, w, h = self._boxes[rows].T
         boxes = np.stack([x, y, x + w, y + h], axis=1)
         boxes = boxes.clip(0, [width, height, width, height])
-        is_object = ~self._crowds[rows] & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        is_object = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        masks: dict[str, Any] = {}
+        if self.with_masks:
+            each = decode_masks(self._segmentations(rows, (height, width)), size=(height, width))
+            is_object &= each.flatten(1).any(1).numpy()
+            masks = {
+                "masks": tv_tensors.Mask(each[torch.from_numpy(is_object)]),
+                "iscrowd": torch.from_numpy(self._crowds[rows][is_object]),
+            }
+        else:
+            is_object &= ~self._crowds[rows]
         labels = [self._label_of[int(c)] for c in self._categories[rows][is_object]]
         return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous()), {
             "boxes": tv_tensors.BoundingBoxes(
@@ -156,7 +180,16 @@ class Coco(Dataset[tuple[tv_tensors.Image, Target]]):
             ),
             "labels": torch.tensor(labels, dtype=torch.int64),
             "image_id": int(self.image_ids[index]),
+            **masks,
         }
+
+    def _segmentations(self, rows: slice, size: tuple[int, int]) -> list[dict[str, Any]]:
+        """The masks of some annotations of one image, compressed."""
+        starts = self._mask_starts[rows.start : rows.stop + 1].tolist()
+        return [
+            {"size": list(size), "counts": self._masks[first:last].tobytes()}
+            for first, last in itertools.pairwise(starts)
+        ]
 
     def ground_truth(self, image_ids: Collection[int] | None = None) -> dict[str, Any]:
         """Return the annotations in COCO's form, for the evaluator.
@@ -165,7 +198,8 @@ class Coco(Dataset[tuple[tv_tensors.Image, Target]]):
             image_ids: of the images that count. Default None, all of this data set.
 
         Everything is as it was read (boxes x y w h, crowd regions, areas of the masks), but for the
-        masks, which detectors are not held against, and for the ids of annotations.
+        ids of annotations, and for the masks, which are compressed; without `with_masks` they are
+        left out, as detectors are not held against them.
         """
         counted = self.image_ids if image_ids is None else np.array(sorted(set(image_ids)))
         owners = np.repeat(self.image_ids, np.diff(self._starts))
@@ -193,9 +227,11 @@ class Coco(Dataset[tuple[tv_tensors.Image, Target]]):
                     "bbox": box,
                     "area": area,
                     "iscrowd": int(is_crowd),
+                    **self._segmentation(row),
                 }
-                for i, (image_id, category, box, area, is_crowd) in enumerate(
+                for i, (row, image_id, category, box, area, is_crowd) in enumerate(
                     zip(
+                        rows.nonzero()[0].tolist(),
                         owners[rows].tolist(),
                         self._categories[rows].tolist(),
                         self._boxes[rows].tolist(),
@@ -207,6 +243,27 @@ class Coco(Dataset[tuple[tv_tensors.Image, Target]]):
             ],
             "categories": [{"id": c["id"], "name": c["name"]} for c in self.categories],
         }
+
+    def _segmentation(self, row: int) -> dict[str, Any]:
+        """What an annotation says of its mask, as an evaluator reads it; nothing without masks."""
+        if not self.with_masks:
+            return {}
+        index = int(np.searchsorted(self._starts, row, side="right")) - 1
+        size = tuple(int(side) for side in self.sizes[index])
+        (encoded,) = self._segmentations(slice(row, row + 1), (size[0], size[1]))
+        return {"segmentation": {**encoded, "counts": encoded["counts"].decode("ascii")}}
+
+
+def _compressed(annotation: dict[str, Any], size: Sequence[int]) -> bytes:
+    try:
+        return compress_segmentation(
+            annotation.get("segmentation"), size=(int(size[0]), int(size[1]))
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"Coco: annotation {annotation.get('id')} of image {annotation['image_id']} has no "
+            f"mask that can be read: {error}; polygons or run lengths are required; {_WHERE}."
+        ) from error
 
 
 def _number(category_ids: Sequence[int], num_classes: int | None) -> dict[int, int]:

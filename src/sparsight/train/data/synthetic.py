@@ -30,12 +30,15 @@ class Scene:
         class_map: int64 (H, W), values index `CLASSES`.
         boxes: float32 (N, 4), x0 y0 x1 y1 in pixels, of cars and pedestrians, nearest last.
         labels: int64 (N,), class of each box.
+        instance_map: int64 (H, W), 1 plus the place in `boxes` of the object that is seen at each
+            pixel; 0 where there is none.
     """
 
     image: Tensor
     class_map: Tensor
     boxes: Tensor
     labels: Tensor
+    instance_map: Tensor
 
 
 def draw_scene(size: tuple[int, int], *, seed: int) -> Scene:
@@ -69,7 +72,8 @@ def draw_scene(size: tuple[int, int], *, seed: int) -> Scene:
     labels[horizon:] = ROAD
     _draw_facades(canvas, labels, horizon, rng)
     _draw_poles(canvas, labels, horizon, rng)
-    boxes, box_labels = _draw_objects(canvas, labels, horizon, rng)
+    instances = np.zeros_like(labels)
+    boxes, box_labels = _draw_objects(canvas, labels, instances, horizon, rng)
 
     canvas += rng.normal(0, 3, canvas.shape).astype(np.float32)  # sensor noise
     image = np.clip(canvas, 0, 255).astype(np.uint8)
@@ -78,6 +82,7 @@ def draw_scene(size: tuple[int, int], *, seed: int) -> Scene:
         class_map=torch.from_numpy(labels),
         boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         labels=torch.tensor(box_labels, dtype=torch.int64),
+        instance_map=torch.from_numpy(instances),
     )
 
 
@@ -115,7 +120,11 @@ def _draw_poles(
 
 
 def _draw_objects(
-    canvas: np.ndarray, labels: np.ndarray, horizon: int, rng: np.random.Generator
+    canvas: np.ndarray,
+    labels: np.ndarray,
+    instances: np.ndarray,
+    horizon: int,
+    rng: np.random.Generator,
 ) -> tuple[list[tuple[int, int, int, int]], list[int]]:
     height, width = labels.shape
     boxes: list[tuple[int, int, int, int]] = []
@@ -152,6 +161,7 @@ def _draw_objects(
         patch[glass & body] = 0.4 * colour + 60
         patch[wheel & body] = 25
         labels[region][body] = kind
+        instances[region][body] = len(boxes) + 1
         boxes.append((left, top, right, bottom))
         box_labels.append(kind)
     return boxes, box_labels

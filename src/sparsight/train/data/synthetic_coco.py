@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from sparsight.train.data.augment import mix_seed
+from sparsight.train.data.mask_rle import encode_masks
 from sparsight.train.data.synthetic import CAR, PEDESTRIAN, draw_scene
 
 # COCO's own ids: not in a row, and not in the order of the scenes' classes.
@@ -32,7 +34,7 @@ def write_synthetic_coco(
 
     What is awkward in COCO is in it: every fourth image from the third has no object, in every
     fourth from the second the farthest one is a crowd region, widths alternate, category ids have
-    gaps.
+    gaps, objects are covered by others, some wholly: their masks are empty.
 
     Args:
         root: folder to write `annotations/instances_<split>.json` and `<split>/` into.
@@ -59,6 +61,8 @@ def write_synthetic_coco(
         Image.fromarray(np.ascontiguousarray(pixels)).save(root / split / name, quality=95)
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
         pairs = zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True)
+        numbers = torch.arange(1, len(scene.boxes) + 1)[:, None, None]
+        masks = encode_masks(scene.instance_map == numbers)
         for order, ((x0, y0, x1, y1), label) in enumerate(pairs if has_objects else ()):
             annotations.append(
                 {
@@ -66,8 +70,9 @@ def write_synthetic_coco(
                     "image_id": image_id,
                     "category_id": _CATEGORY_OF[label],
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": 0.8 * (x1 - x0) * (y1 - y0),  # of the mask, smaller than its box
+                    "area": 0.8 * (x1 - x0) * (y1 - y0),  # of the whole mask, covered or not
                     "iscrowd": int(index % 4 == 1 and order == 0),
+                    "segmentation": masks[order],
                 }
             )
     content = {
