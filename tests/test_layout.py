@@ -54,6 +54,7 @@ HOMES = {
     # In models/, only what wraps torchvision's own architectures or takes its ResNet as backbone.
     # What finds residual blocks (convert) knows them by their children, so that timm's match too.
     "torchvision": [
+        "models/backbone_weights.py",
         "models/faster_rcnn.py",
         "models/refinenet.py",
         "models/semantic_fpn.py",

@@ -299,8 +299,8 @@ def refinenet(
         backbone: torchvision's name of a ResNet (random weights); or a ResNet with torchvision's
             attribute names, whose modules are used as they are (not copied); or any module that
             returns a list of at least four maps, finest first, the last four of which are used, as
-            ``timm.create_model(..., features_only=True)``. Weights of torchvision load into
-            ``model.backbone`` with ``load_state_dict(weights, strict=False)``.
+            ``timm.create_model(..., features_only=True)``. For weights of
+            torchvision, see `load_backbone_weights`.
         num_cascades: blocks that refine one after the other: 4 (default), one for each stage; 2,
             the second with what the first made of stages 4 and 3; or 1, which fuses all stages.
         is_two_scale: two backbones with weights of their own, on the image at 0.6 and 1.2 times its
