@@ -54,15 +54,15 @@ HOMES = {
     # In models/, only what wraps torchvision's own architectures or takes its ResNet as backbone.
     # What finds residual blocks (convert) knows them by their children, so that timm's match too.
     "torchvision": [
+        "models/backbone_stages.py",
         "models/backbone_weights.py",
         "models/faster_rcnn.py",
-        "models/refinenet.py",
         "models/semantic_fpn.py",
         "models/torchvision_resnet.py",
         "models/torchvision_segmentation.py",
         "train/data",
     ],
-    "timm": ["models/faster_rcnn.py", "train/data"],
+    "timm": ["models/backbone_stages.py"],
     "torch_pruning": ["compress/channel_groups.py"],
     "sklearn": ["compress/lasso.py"],
     "openvino": [],  # a rival in bench/, never a dependency

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsight.models.refinenet import BackboneName
 from sparsight.train.architecture import SegmentationModel, build_dense
 from sparsight.train.data import CamVid, SyntheticScenes, evaluation_transform
 from sparsight.train.distillation import shared_flags
@@ -24,7 +23,7 @@ def camvid(
     *,
     data: str | None = None,
     model: SegmentationModel = "semantic_fpn",
-    backbone: BackboneName = "resnet18",
+    backbone: str = "resnet18",
     is_dilated: bool = False,
     is_deformable: bool = False,
     fpn_channels: int = 48,
@@ -70,7 +69,8 @@ def camvid(
         model: architecture; torchvision's fcn and deeplabv3, the semantic FPN, FRRN-A or -B, or
             RefineNet and its light-weight form.
         backbone: of the semantic FPN and of RefineNet. The semantic FPN takes resnet18, resnet34,
-            resnet50 and resnext50_32x4d.
+            resnet50 and resnext50_32x4d; RefineNet these, resnet101, resnet152, and "timm:NAME",
+            any of timm's that gives its features; the light-weight one mobilenet_v2 too.
         is_dilated: semantic FPN with dilation 2 and 4 in the last stages (bottlenecks only).
         is_deformable: semantic FPN with deformable stages 2 to 4 (resnet50 only).
         fpn_channels: width of the pyramid. 48 keeps most MACs in a small backbone.

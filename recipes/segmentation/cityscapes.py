@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsight.models.refinenet import BackboneName
 from sparsight.train.architecture import SegmentationModel, build_dense
 from sparsight.train.data import Cityscapes, SyntheticScenes, evaluation_transform
 from sparsight.train.distillation import shared_flags
@@ -23,7 +22,7 @@ def cityscapes(
     *,
     data: str | None = None,
     model: SegmentationModel = "semantic_fpn",
-    backbone: BackboneName = "resnet50",
+    backbone: str = "resnet50",
     is_dilated: bool = True,
     is_deformable: bool = False,
     fpn_channels: int = 256,
@@ -66,7 +65,8 @@ def cityscapes(
         model: architecture; torchvision's fcn and deeplabv3, the semantic FPN, FRRN-A or -B, or
             RefineNet and its light-weight form.
         backbone: of the semantic FPN and of RefineNet. The semantic FPN takes resnet18, resnet34,
-            resnet50 and resnext50_32x4d.
+            resnet50 and resnext50_32x4d; RefineNet these, resnet101, resnet152, and "timm:NAME",
+            any of timm's that gives its features; the light-weight one mobilenet_v2 too.
         is_dilated: semantic FPN with dilation 2 and 4 in the last stages (bottlenecks only).
         is_deformable: semantic FPN with deformable stages 2 to 4 (resnet50 only).
         fpn_channels: width of the pyramid.

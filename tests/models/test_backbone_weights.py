@@ -137,6 +137,15 @@ def test_weights_asked_for_by_name_are_torchvisions(state, monkeypatch):
     assert asked == [ResNet18_Weights.IMAGENET1K_V1] * 2
 
 
+def test_features_of_timm_take_a_file_of_their_own(tmp_path):
+    timm = pytest.importorskip("timm")
+    source = timm.create_model("resnet10t", features_only=True, pretrained=False)
+    model = refinenet(3, backbone="timm:resnet10t", channels=4)
+    assert load_backbone_weights(model, written(source.state_dict(), tmp_path)) == []
+    own = model.backbone.features.state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in source.state_dict().items())
+
+
 def test_without_a_network_it_says_what_to_fetch(monkeypatch, tmp_path):
     def unreachable(*args, **keywords):
         raise URLError("no route to host")
@@ -161,6 +170,7 @@ def test_a_file_of_that_name_is_read(state, tmp_path, monkeypatch):
     [
         ("IMAGENET1K_V9", "resnet18", "'IMAGENET1K_V9' of 'resnet18'; one of IMAGENET1K_V1, DEF"),
         ("IMAGENET1K_V1", None, "without the name of the backbone"),
+        ("DEFAULT", "timm:resnet10t", "state_dict of timm.create_model.'resnet10t', features_only"),
         ("IMAGENET1K_V1", "resnet17", "torchvision has no model 'resnet17'"),
     ],
 )

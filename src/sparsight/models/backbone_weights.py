@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsight.models.backbone_stages import TIMM, LastFour
 from sparsight.models.state_dict import is_count, misfits, read_state_dict
 
 # What a ResNet has as a classifier and not as a backbone; others say so in `left_out`.
@@ -64,6 +65,7 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
     backbone = getattr(model, "backbone", None)
     # A detector's is a ResNet and the pyramid on top of it.
     found = [getattr(backbone, "body", backbone), getattr(model, "other_backbone", None)]
+    found = [module.features if isinstance(module, LastFour) else module for module in found]
     return [module for module in found if isinstance(module, nn.Module)]
 
 
@@ -83,6 +85,12 @@ def _tensors(weights: str | Path, name: str | None) -> dict[str, Tensor]:
 def _fetched(weights: str, name: str | None) -> dict[str, Tensor]:
     from torchvision.models import get_model_weights  # heavy: only for those who ask for a name
 
+    if name is not None and name.startswith(TIMM):
+        raise ValueError(
+            f"load_backbone_weights: weights={weights!r} by name for {name!r}; timm's weights are "
+            "required as a file; save the state_dict of timm.create_model("
+            f"{name.removeprefix(TIMM)!r}, features_only=True, pretrained=True), and pass that."
+        )
     if name is None:
         raise ValueError(
             f"load_backbone_weights: weights={weights!r} without the name of the backbone; "
