@@ -65,7 +65,7 @@ bench: $(STAMP)
 	measure block; measure network; measure overhead; measure memory; measure crossover; measure roofline; \
 	measure training_step; measure training_step --dtype bfloat16; measure pool; measure assemble; \
 	measure block --dtype bfloat16; measure network --dtype bfloat16 --only features; \
-	case "$(BENCH_ARGS)" in *--quick*) measure compress; measure compress --wide;; esac; \
+	case "$(BENCH_ARGS)" in *--quick*) measure compress; measure compress --wide; measure frrn;; esac; \
 	echo "== report"; $(BIN)/python bench/report.py --json "$$out" || failed="$$failed report"; \
 	if [ -n "$$failed" ]; then echo "make bench: failed:$$failed; the rest is in $$out" >&2; exit 1; fi
 

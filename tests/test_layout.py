@@ -58,16 +58,17 @@ HOMES = {
     # In models/, only what wraps torchvision's own architectures or takes its ResNet as backbone.
     # What finds residual blocks (convert) knows them by their children, so that timm's match too.
     "torchvision": [
+        "models/backbone_stages.py",
+        "models/backbone_weights.py",
         "models/faster_rcnn.py",
         "models/mask_proposals.py",
-        "models/refinenet.py",
         "models/semantic_fpn.py",
         "models/stride8_trunks.py",
         "models/torchvision_resnet.py",
         "models/torchvision_segmentation.py",
         "train/data",
     ],
-    "timm": ["models/faster_rcnn.py", "train/data"],
+    "timm": ["models/backbone_stages.py"],
     "torch_pruning": ["compress/channel_groups.py"],
     "sklearn": ["compress/lasso.py"],
     "scipy": ["train/data/voc.py"],

@@ -24,7 +24,7 @@ from sparsight.train.detection_task import DetectionTask
 from sparsight.train.distillation import shared_flags
 from sparsight.train.evaluate_detection import measured_backbone_share, score_detector
 from sparsight.train.filter_pruning import pruning_of, remove_pruned_filters
-from sparsight.train.initial_weights import with_widths_of
+from sparsight.train.initial_weights import check_one_start, dense_network, with_widths_of
 from sparsight.train.recipe import Recipe
 from sparsight.train.settling import measure_norms_again, settle
 
@@ -40,6 +40,7 @@ def coco(
     deformable: bool = False,
     pretrained: str | None = None,
     init: str | None = None,
+    backbone_weights: str | None = None,
     num_classes: int | None = None,
     is_norm_frozen: bool | None = None,
     trainable_layers: int = 4,
@@ -94,9 +95,12 @@ def coco(
             detector; default: random weights.
         init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model, a
             pruned one stays as narrow as it is.
+        backbone_weights: of the backbone alone: a file of torchvision's weights of a classifier, or
+            their name, as IMAGENET1K_V1, which torchvision fetches.
         num_classes: background included; default 81 for COCO, labels in a row. 91, labels that are
             the category ids, suits torchvision's detector weights.
-        is_norm_frozen: norms are constants; default: if `pretrained` is given.
+        is_norm_frozen: norms are constants; default: if `pretrained` or `backbone_weights` are
+            given.
         trainable_layers: 4 as published, all but the stem; 5 with random weights.
         fpn_channels: width of the pyramid.
         head_channels: width of the box head.
@@ -132,16 +136,15 @@ def coco(
 
     Raises:
         ImportError: filters are to be pruned without the extra `sparsight[compress]`.
-        ValueError: no data, a budget outside (0, 1], a budget and a weight at once, `pretrained`
-            and `init` at once, or a checkpoint of another architecture.
+        ValueError: no data, a budget outside (0, 1], a budget and a weight at once, two of
+            `pretrained`, `init` and `backbone_weights` at once, a checkpoint of another
+            architecture, or weights that do not fit.
         FileNotFoundError: data folders, weights or checkpoint missing.
+        ConnectionError: torchvision could not fetch the weights.
     """
     flags, distillation, hardware = shared_flags(**shared)
-    if pretrained is not None and init is not None:
-        raise ValueError(
-            f"coco: pretrained={pretrained!r} and init={init!r} were both given; at most one is "
-            "required; drop --pretrained to go on from the checkpoint."
-        )
+    check_one_start("coco", pretrained=pretrained, init=init, backbone_weights=backbone_weights)
+    is_pretrained = pretrained is not None or backbone_weights is not None
     folder = Path(out)
     if quick:
         epochs, batch_size, num_workers, accumulate = 2, min(batch_size, 2), 0, 1
@@ -169,7 +172,7 @@ def coco(
             num_classes=train_data.num_classes,
             backbone=backbone,
             deformable=deformable,
-            is_norm_frozen=pretrained is not None if is_norm_frozen is None else is_norm_frozen,
+            is_norm_frozen=is_pretrained if is_norm_frozen is None else is_norm_frozen,
             trainable_layers=trainable_layers,
             fpn_channels=fpn_channels,
             head_channels=head_channels,
@@ -188,7 +191,7 @@ def coco(
     if init is not None:
         network, _ = load_checkpoint(init, expected=architecture)
     else:
-        dense = build_dense(architecture)
+        dense = dense_network(architecture, backbone_weights)
         if pretrained is not None:
             kept = load_torchvision_weights(dense, pretrained)
             say = rank_zero_only(print)  # not once a process

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsight.models.refinenet import BackboneName
 from sparsight.train.architecture import SegmentationModel, build_dense
 from sparsight.train.data import Cityscapes, SyntheticScenes, evaluation_transform
 from sparsight.train.distillation import shared_flags
@@ -24,7 +23,7 @@ def cityscapes(
     *,
     data: str | None = None,
     model: SegmentationModel = "semantic_fpn",
-    backbone: BackboneName = "resnet50",
+    backbone: str = "resnet50",
     is_dilated: bool = True,
     is_deformable: bool = False,
     fpn_channels: int = 256,
@@ -39,6 +38,7 @@ def cityscapes(
     loss: Loss = "cross_entropy",
     augmentation: Augmentation = "default",
     init: str | None = None,
+    backbone_weights: str | None = None,
     seed: int = 0,
     out: str = "runs/cityscapes",
     resume: bool = False,
@@ -65,8 +65,9 @@ def cityscapes(
         data: folder with leftImg8bit/ and gtFine/. Needed unless `quick`.
         model: architecture; torchvision's fcn and deeplabv3, the semantic FPN, FRRN-A or -B, or
             RefineNet and its light-weight form.
-        backbone: of the semantic FPN and of RefineNet, random weights. The semantic FPN takes
-            resnet18, resnet34, resnet50 and resnext50_32x4d.
+        backbone: of the semantic FPN and of RefineNet. The semantic FPN takes resnet18, resnet34,
+            resnet50 and resnext50_32x4d; RefineNet these, resnet101, resnet152, and "timm:NAME",
+            any of timm's that gives its features; the light-weight one mobilenet_v2 too.
         is_dilated: semantic FPN with dilation 2 and 4 in the last stages (bottlenecks only).
         is_deformable: semantic FPN with deformable stages 2 to 4 (resnet50 only).
         fpn_channels: width of the pyramid.
@@ -85,6 +86,9 @@ def cityscapes(
             1.3; "frrn" translates and changes the gamma instead.
         init: checkpoint (*.safetensors) to start from; a dense one may start a sampled model, a
             pruned one stays as narrow as it is.
+        backbone_weights: of the backbone, where there is no `init`: a file of torchvision's weights
+            (*.pth, *.safetensors), or their name, as IMAGENET1K_V1, which torchvision fetches;
+            default: random weights.
         seed: of weights, order, augmentation and noise.
         out: folder for the results: weights.safetensors, result.json, last.ckpt, log/metrics.csv.
         resume: go on from `out`/last.ckpt; repeat the other flags.
@@ -102,8 +106,9 @@ def cityscapes(
 
     Raises:
         ValueError: no data, flags that contradict each other (see `sparsight.train.plan`), or a
-            checkpoint of another architecture.
-        FileNotFoundError: data folders or checkpoint missing.
+            checkpoint of another architecture, or weights that do not fit the backbone.
+        FileNotFoundError: data folders, checkpoint or weights missing.
+        ConnectionError: torchvision could not fetch the weights.
     """
     flags, distillation, hardware = shared_flags(**shared)
     if data is None and not quick:
@@ -176,6 +181,7 @@ def cityscapes(
         flags=flags,
         lr=lr,
         init=init,
+        backbone_weights=backbone_weights,
         loss=loss,
         distillation=distillation,
         resume=resume,

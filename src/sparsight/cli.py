@@ -145,6 +145,7 @@ def masks(
     checkpoint: str,
     *,
     data: str,
+    dense: str | None = None,
     dataset: Literal["camvid", "cityscapes", "cifar10", "imagenet", "coco", "voc"] | None = None,
     images: tuple[int, ...] | list[int] = (0, 33, 66),
     split: Literal["train", "val"] = "val",
@@ -158,6 +159,8 @@ def masks(
     Args:
         checkpoint: weights.safetensors of a sampled training run.
         data: folder of the data set, in the layout that its recipe expects.
+        dense: weights.safetensors of a dense run for the same classes, of segmentation or
+            detection, whose prediction is drawn beside the sampled one.
         dataset: which one it is; default: what the checkpoint says.
         images: positions in the split, as [0,33,66].
         split: which images; "val" is CIFAR-10's test set.
@@ -173,6 +176,7 @@ def masks(
     written = draw_checkpoint(
         checkpoint,
         data=data,
+        dense=dense,
         dataset=dataset,
         images=images,
         split=split,

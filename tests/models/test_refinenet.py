@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import mobilenet_v2
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import sparsight
-from sparsight.models import light_weight_refinenet, refinenet
+from sparsight.models import light_weight_refinenet, load_backbone_weights, refinenet
 from sparsight.models.refinenet import ChainedResidualPooling, RefineBlock
 from sparsight.nn import ConvPair, Sampler
 
@@ -49,6 +50,16 @@ def narrow(build=refinenet, **options) -> nn.Module:
     return model.eval()
 
 
+def on_mobilenet() -> nn.Module:
+    torch.manual_seed(0)
+    backbone = mobilenet_v2(weights=None, width_mult=0.25)
+    model = light_weight_refinenet(5, backbone=backbone, channels=6)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return model
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
@@ -67,6 +78,71 @@ def test_parameters_are_the_published_ones(backbone):
     with torch.device("meta"):
         found = refinenet(21, backbone=backbone), light_weight_refinenet(21, backbone=backbone)
     assert tuple(num_parameters(model) for model in found) == COUNTS[backbone]
+
+
+def test_parameters_on_a_mobilenet_are_the_published_ones():
+    """Quoted at 3.3 M: the encoder, six reductions, four chains, three convolutions, classifier."""
+    with torch.device("meta"):
+        model = light_weight_refinenet(21, backbone="mobilenet_v2")
+    reductions = (24 + 32 + 64 + 96 + 160 + 320) * 256
+    decoder = reductions + (4 * 4 + 3) * 256**2 + 9 * 256 * 21 + 21
+    assert num_parameters(model) == 1_811_712 + decoder == 3_283_477
+    assert num_parameters(model.backbone) == 1_811_712
+
+
+def test_on_a_mobilenet_stages_are_summed_as_they_are():
+    """The decoder of the authors' code by hand."""
+    torch.manual_seed(0)
+    model = on_mobilenet().eval()
+    image = torch.randn(1, 3, 72, 104)
+
+    def reduced(x, weight):
+        return F.conv2d(x, weight.weight)
+
+    with torch.no_grad():
+        maps = model.backbone(image)[::-1]
+        x = None
+        for block, group in zip(model.blocks, ((0, 1), (2, 3), (4,), (5,)), strict=True):
+            paths = [
+                reduced(maps[i], conv) for i, conv in zip(group, block.reductions, strict=True)
+            ]
+            if x is not None:
+                up = F.interpolate(
+                    reduced(x, block.fusions[-1]), size=paths[0].shape[2:], mode="bilinear"
+                )
+                paths.append(up)
+            x = link = torch.stack(paths).sum(0).clamp(0, 6)
+            for conv in block.pooling.convs:
+                link = reduced(F.max_pool2d(link, 5, 1, 2), conv)
+                x = x + link
+        assert x is not None
+        logits = F.conv2d(x, model.classifier.weight, model.classifier.bias, padding=1)
+        expected = F.interpolate(logits, size=(72, 104), mode="bilinear")
+        assert relative_error(model(image)["out"], expected) < TOLERANCE
+
+
+def test_on_a_mobilenet_the_decoder_is_sampled_and_frozen():
+    source, image = on_mobilenet().eval(), torch.randn(1, 3, 40, 56)
+    full = sparsight.sparsify(source, sampler=partial(Sampler, bias=1e4), example=image).eval()
+    convs = [n for n, m in source.blocks.named_modules(prefix="blocks") if type(m) is nn.Conv2d]
+    assert set(full.sampling_report.sampled) == set(convs) and len(convs) == 6 + 3 + 16
+    with torch.no_grad():
+        assert relative_error(full(image)["out"], source(image)["out"]) < TOLERANCE
+    make = partial(Sampler, bias=-0.5, grid_stride=5)
+    model = sparsight.sparsify(source, sampler=make).eval()
+    frozen = sparsight.freeze(model, example=image)
+    with torch.no_grad():
+        assert relative_error(frozen(image)["out"], model(image)["out"]) < TOLERANCE
+
+
+def test_weights_of_torchvision_load_into_a_mobilenet(tmp_path):
+    torch.manual_seed(1)
+    state = mobilenet_v2(weights=None, width_mult=0.25).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    model = on_mobilenet()
+    assert load_backbone_weights(model, tmp_path / "w.pth") == []
+    own = model.backbone.state_dict()
+    assert own and all(torch.equal(value, state[name]) for name, value in own.items())
 
 
 def test_parameters_of_the_other_cascades():
@@ -286,6 +362,8 @@ class OneMap(nn.Module):
         ({"backbone": OneMap()}, "OneMap returns maps of strides .1.*at least four maps"),
         ({"backbone": nn.Identity()}, "Identity does not return a list of maps"),
         ({"backbone": Narrow(), "is_norm_frozen": True}, "came with a backbone module"),
+        ({"backbone": "timm:a", "is_norm_frozen": True}, "came with a backbone module, or timm's"),
+        ({"backbone": "mobilenet_v2"}, "refinenet: backbone='mobilenet_v2'; one of"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -13,6 +13,7 @@ from sparsight.train.architecture import build_dense
 from sparsight.train.checkpoint import load_checkpoint, read_architecture, save_checkpoint
 from sparsight.train.draw_checkpoint import draw_checkpoint
 from sparsight.train.evaluation_data import open_evaluation_data
+from sparsight.train.pictures import colour_classes
 
 NUM_SAMPLERS = {"camvid": 16, "cifar10": 6, "coco": 16}
 
@@ -173,3 +174,73 @@ def test_proposals_are_drawn_with_the_masks_of_the_largest_scale(checkpoint_of, 
     assert each["panels"][-1].title.endswith(f"{last:.0%} computed")
     draw_checkpoint(weights, **options, out=tmp_path / "b")
     assert len(drawn["overview.png"]["panels"]) == 2
+
+
+@pytest.fixture(scope="module")
+def dense_of(checkpoint_of, tmp_path_factory):
+    """By name of a data set, a dense checkpoint for it of other weights."""
+
+    def make(name, **changed):
+        sampled = read_architecture(checkpoint_of(name)[0])
+        architecture = replace(sampled, sampling=None, **changed)
+        torch.manual_seed(5)
+        path = tmp_path_factory.mktemp(f"dense-{name}") / "weights.safetensors"
+        save_checkpoint(path, build_dense(architecture), architecture)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("shows_data", [True, False])
+def test_a_dense_prediction_stands_beside_the_sampled_one(
+    shows_data, checkpoint_of, dense_of, drawn, tmp_path
+):
+    weights, root = checkpoint_of("camvid")
+    keywords = {"data": root, "images": [0, 2], "out": tmp_path, "per_sampler": False}
+    draw_checkpoint(weights, shows_data=shows_data, **keywords)
+    alone = drawn.pop("overview.png")
+    dense = dense_of("camvid", size=(64, 64))  # is drawn at the size of the other
+    draw_checkpoint(weights, dense=dense, shows_data=shows_data, **keywords)
+    both = drawn["overview.png"]
+    assert both["columns"] == alone["columns"] + 1 == (5 if shows_data else 3)
+    names = ["dense prediction", "sampled prediction"]
+    for start in (0, both["columns"]):
+        row = both["panels"][start : start + both["columns"]]
+        titles = [panel.title for panel in row[-3:-1]]
+        assert [
+            title.removeprefix("scene0: ").removeprefix("scene2: ") for title in titles
+        ] == names
+        if shows_data:
+            assert row[1].title == "annotation"
+        assert row[-1].is_share
+    model, _ = load_checkpoint(dense)
+    size = read_architecture(weights).size
+    images = open_evaluation_data("camvid", root, split="val", num_classes=11, size=size)
+    with torch.no_grad():
+        classes = model.eval()(images.example(2))["out"][0].argmax(0)
+    expected = colour_classes(classes, num_classes=11, ignore_index=255)
+    assert np.array_equal(both["panels"][-3].pixels, expected)
+    assert np.array_equal(both["panels"][-2].pixels, alone["panels"][-2].pixels)
+
+
+def test_a_dense_detector_is_drawn_too(checkpoint_of, dense_of, tmp_path):
+    weights, root = checkpoint_of("coco")
+    (written,) = draw_checkpoint(
+        weights, data=root, dense=dense_of("coco"), images=[0], out=tmp_path, per_sampler=False
+    )
+    assert written.stat().st_size > 10_000
+
+
+def test_what_is_no_dense_counterpart_is_refused(checkpoint_of, dense_of, tmp_path):
+    weights, root = checkpoint_of("camvid")
+
+    def draw(dense, weights=weights, root=root):
+        draw_checkpoint(weights, data=root, dense=dense, images=[0], out=tmp_path)
+
+    with pytest.raises(ValueError, match="but it is sampled; a dense checkpoint for segmentation"):
+        draw(weights)
+    with pytest.raises(ValueError, match="but it is for segmentation with 19 classes"):
+        draw(dense_of("cityscapes"))
+    small, images = checkpoint_of("cifar10")
+    with pytest.raises(ValueError, match="but a prediction for whole images is no picture"):
+        draw(dense_of("cifar10"), small, images)

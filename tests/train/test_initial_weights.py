@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sparsight.nn import SampledBlock
-from sparsight.train.architecture import Architecture, build_dense
+from sparsight.train.architecture import Architecture, DetectorArchitecture, build_dense
 from sparsight.train.checkpoint import save_checkpoint
-from sparsight.train.initial_weights import initial_network
+from sparsight.train.initial_weights import check_one_start, dense_network, initial_network
 from sparsight.train.sampling import Sampling
 
 DENSE = Architecture(
@@ -57,3 +57,33 @@ def test_weights_of_another_network_are_refused(tmp_path):
         initial_network(DENSE, tmp_path / "w.pt")
     with pytest.raises(FileNotFoundError, match=r"initial_network: .*x\.pt' does not exist"):
         initial_network(DENSE, tmp_path / "x.pt")
+
+
+@pytest.mark.usefixtures("narrow_resnet18")
+@pytest.mark.parametrize("kind", [Architecture, DetectorArchitecture])
+def test_a_backbone_asked_for_by_name_is_fetched_by_its_own(kind, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "sparsight.train.initial_weights.load_backbone_weights",
+        lambda model, weights, *, name: asked.append((weights, name)) or [],
+    )
+    dense_network(kind(backbone="resnet18", fpn_channels=8, head_channels=8), "DEFAULT")
+    assert asked == [("DEFAULT", "resnet18")]
+
+
+def test_a_model_of_torchvision_says_what_it_stands_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr("sparsight.train.initial_weights.build_dense", lambda architecture: None)
+    monkeypatch.setattr(
+        "sparsight.train.initial_weights.load_backbone_weights",
+        lambda model, weights, *, name: asked.append(name) or [],
+    )
+    dense_network(Architecture(model="fcn_resnet50", backbone=None), "DEFAULT")
+    assert asked == ["resnet50"]
+
+
+def test_one_start_or_none_is_fine_and_two_are_not():
+    check_one_start("f", init=None, pretrained=None)
+    check_one_start("f", init="a", pretrained=None)
+    with pytest.raises(ValueError, match="f: init='a' and pretrained='b' were both given"):
+        check_one_start("f", init="a", pretrained="b")

@@ -41,6 +41,19 @@ def made_empty(name):
     return False if name.startswith("is_") else None
 
 
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "timm:resnet10t"])
+def test_a_light_weight_refinenet_is_built_on_others_than_resnets(backbone):
+    if backbone.startswith("timm:"):
+        pytest.importorskip("timm")
+    flags = FLAGS | {"backbone": backbone}
+    made = segmentation_architecture(model="light_weight_refinenet", channels=8, **flags)
+    again = type(made).from_json(made.to_json())
+    assert again == made and again.backbone == backbone
+    with torch.no_grad():
+        out = build_dense(again).eval()(torch.zeros(1, 3, 32, 48))["out"]
+    assert out.shape == (1, 3, 32, 48)
+
+
 @pytest.mark.parametrize("model", ["frrn_a", "frrn_b", "refinenet", "light_weight_refinenet"])
 @pytest.mark.usefixtures("narrow_resnet18")
 def test_a_width_is_built(model):

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from torchvision.models import resnet as zoo
 
 from sparsight.train.architecture import Architecture, build_dense
 from sparsight.train.checkpoint import read_architecture
@@ -19,7 +21,15 @@ SIZE = (32, 48)
 DENSE = Architecture(num_classes=6, fpn_channels=8, head_channels=8, size=SIZE)
 
 
-def run(out, teacher=None, init=None, dense=DENSE, loss="cross_entropy", **keywords):
+def run(
+    out,
+    teacher=None,
+    init=None,
+    dense=DENSE,
+    loss="cross_entropy",
+    backbone_weights=None,
+    **keywords,
+):
     flags, _ = sampling_flags(**keywords)
     planned = flags.plan(size=SIZE, dense=lambda: build_dense(dense))
     recipe = Recipe(
@@ -43,6 +53,7 @@ def run(out, teacher=None, init=None, dense=DENSE, loss="cross_entropy", **keywo
         flags=flags,
         lr=1e-3,
         init=init,
+        backbone_weights=backbone_weights,
         distillation=Distillation(teacher=teacher),
     )
 
@@ -100,3 +111,26 @@ def test_filters_are_pruned_while_it_trains_and_are_removed(tmp_path, method):
     assert result["architecture"]["widths"] == stored.widths
     with pytest.raises(ValueError, match=r"scenes: method='sampled' .*filter_ratio=0\.5; what is"):
         run(tmp_path, filter_ratio=0.5)
+
+
+@pytest.mark.parametrize("budget", [None, 0.8])
+def test_a_run_starts_from_the_weights_of_a_backbone(tmp_path, budget, monkeypatch, capsys):
+    state = zoo.resnet18().state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    started = {}
+
+    def fit(recipe, task, *, resume=False):
+        started.update(task.model.state_dict())
+        return False
+
+    monkeypatch.setattr(Recipe, "fit", fit)
+    assert run(tmp_path / "run", backbone_weights=str(tmp_path / "w.pth"), budget=budget) == {}
+    names = [name for name in state if not name.startswith("fc.")]
+    assert all(torch.equal(started[f"backbone.{name}"], state[name]) for name in names)
+    assert "w.pth: loaded into the backbone\n" in capsys.readouterr().out
+
+
+def test_a_checkpoint_and_weights_of_a_backbone_at_once_are_refused(tmp_path):
+    message = r"train_segmentation \(scenes\): init='a' and backbone_weights='b' were both given"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, init="a", backbone_weights="b")

@@ -2,9 +2,10 @@
 
 Enters: a backbone and a number of classes. Leaves: an ordinary dense `nn.Module` with the call
 contract of torchvision's models, ready for `sparsight.sparsify`. May import: nn and below;
-torchvision only to build a backbone that was asked for by name.
+torchvision only to build a backbone, or fetch its weights, by name.
 """
 
+from sparsight.models.backbone_weights import load_backbone_weights
 from sparsight.models.faster_rcnn import faster_rcnn
 from sparsight.models.frrn import FRRN, frrn_a, frrn_b
 from sparsight.models.instance_fcn import InstanceFCN, instance_fcn
@@ -28,6 +29,7 @@ __all__ = [
     "frrn_b",
     "instance_fcn",
     "light_weight_refinenet",
+    "load_backbone_weights",
     "load_resnet_cifar",
     "read_state_dict",
     "refinenet",

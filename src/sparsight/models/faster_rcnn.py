@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from sparsight.models.state_dict import read_state_dict
+from sparsight.models.state_dict import is_count, misfits, read_state_dict
 from sparsight.nn.deform_block import make_stage_deformable
 
 BackboneName = Literal[
@@ -182,33 +182,19 @@ def load_torchvision_weights(
     else:
         tensors = {f"backbone.body.{k}": v for k, v in tensors.items() if not k.startswith("fc.")}
     # FrozenBatchNorm2d does not count batches, and old files have no counts.
-    tensors = {k: v for k, v in tensors.items() if k in own or not _is_count(k)}
-    missing = [name for name in own if name not in tensors and not _is_count(name)]
-    unexpected = [name for name in tensors if name not in own]
-    misfits = [
-        f"{name} is {tuple(value.shape)}, not {tuple(own[name].shape)}"
-        for name, value in tensors.items()
-        if name in own and value.shape != own[name].shape
-    ]
+    tensors = {k: v for k, v in tensors.items() if k in own or not is_count(k)}
+    missing = [name for name in own if name not in tensors and not is_count(name)]
     # What a file of this kind does not hold, or holds for other classes.
     optional = (
         "roi_heads.box_predictor." if is_detector else ("backbone.fpn.", "rpn.", "roi_heads.")
     )
     lacking = [name for name in missing if ".offset." not in name and not name.startswith(optional)]
-    if lacking or unexpected or misfits:
-        found = [
-            f"{len(names)} {what} (first {names[0]})"
-            for what, names in (
-                ("parameters are missing", lacking),
-                ("are unknown", unexpected),
-                ("have another shape", misfits),
-            )
-            if names
-        ]
+    refused = misfits(own, tensors, missing=lacking)
+    if refused:
         raise ValueError(
-            f"load_torchvision_weights: {str(path)!r} does not fit the model: {'; '.join(found)}; "
-            "weights of the same backbone are required; build the model with the backbone that "
-            "the file was trained with."
+            f"load_torchvision_weights: {str(path)!r} does not fit the model: "
+            f"{'; '.join(refused)}; weights of the same backbone are required; build the "
+            "model with the backbone that the file was trained with."
         )
     if trained_eps is None:
         trained_eps = 0.0 if is_old else _DEFAULT_EPS
@@ -259,10 +245,6 @@ def _freeze_all_but(resnet: nn.Module, trainable_layers: int) -> None:
     for name, parameter in resnet.named_parameters():
         if name.partition(".")[0] not in thawed:
             parameter.requires_grad_(False)
-
-
-def _is_count(name: str) -> bool:
-    return name.endswith("num_batches_tracked")
 
 
 def _with_current_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

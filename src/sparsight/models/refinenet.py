@@ -6,18 +6,22 @@ Letters in shapes: B batch, C channels, H W height and width in pixels, K number
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsight.models.resnet_stages import ResNetStages, is_resnet, probe_stages
+from sparsight.models.backbone_stages import TIMM, stages_of
+from sparsight.models.mobilenet_stages import MobileNetV2Stages
+from sparsight.models.resnet_stages import probe_stages
 from sparsight.nn.conv_pair import ConvPair
 
 BackboneName = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d"
 ]
+LightBackboneName = BackboneName | Literal["mobilenet_v2"]
 NumCascades = Literal[1, 2, 4]
 PoolingOrder = Literal["pool_conv", "conv_pool"]
 
@@ -27,6 +31,8 @@ _GROUPS: dict[int, tuple[tuple[int, ...], ...]] = {
     2: ((0, 1), (2, 3)),
     4: ((0,), (1,), (2,), (3,)),
 }
+# The same of the light-weight network on a MobileNetV2, which has six.
+_MOBILENET_GROUPS = ((0, 1), (2, 3), (4,), (5,))
 _TWO_SCALES = (0.6, 1.2)
 _WIDE_MAP = 512  # channels; the authors drop out from maps that have more
 
@@ -53,19 +59,27 @@ class ChainedResidualPooling(nn.Module):
         num_links: poolings in the chain.
         kernel_size: of the convolutions.
         order: "pool_conv" pools, then convolves; "conv_pool" the other way round.
+        activation: of the input; the published ReLU, or what the light-weight network has.
     """
 
     def __init__(
-        self, channels: int, *, num_links: int, kernel_size: int, order: PoolingOrder
+        self,
+        channels: int,
+        *,
+        num_links: int,
+        kernel_size: int,
+        order: PoolingOrder,
+        activation: Callable[[Tensor], Tensor] = F.relu,
     ) -> None:
         super().__init__()
         self.convs = nn.ModuleList(_conv(channels, channels, kernel_size) for _ in range(num_links))
         self.pool = nn.MaxPool2d(5, stride=1, padding=2)
         self.order: PoolingOrder = order
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, C, H, W) of x (B, C, H, W)."""
-        link = out = F.relu(x)
+        link = out = self.activation(x)
         for conv in self.convs:
             link = conv(self.pool(link)) if self.order == "pool_conv" else self.pool(conv(link))
             out = out + link
@@ -96,6 +110,9 @@ class RefineBlock(nn.Module):
         num_links: of the chained pooling.
         order: of the chained pooling.
         align_corners: of the bilinear upsampling.
+        fuses_stages: whether the stages have a convolution each before the sum, as what the block
+            before made always has. Without, all widths must be the same.
+        activation: of the chained pooling's input.
 
     Attributes:
         out_channels: of what it makes.
@@ -112,6 +129,8 @@ class RefineBlock(nn.Module):
         num_links: int,
         order: PoolingOrder,
         align_corners: bool,
+        fuses_stages: bool = True,
+        activation: Callable[[Tensor], Tensor] = F.relu,
     ) -> None:
         super().__init__()
         self.reductions = nn.ModuleList(
@@ -121,11 +140,18 @@ class RefineBlock(nn.Module):
         arriving = [*widths] if coarse_channels is None else [*widths, coarse_channels]
         self.out_channels = min(arriving)
         # A single path is not fused, and has no convolution for it.
+        is_fused = [fuses_stages] * len(widths) + [True] * (coarse_channels is not None)
         self.fusions = nn.ModuleList(
-            _conv(c, self.out_channels, kernel_size) for c in arriving if len(arriving) > 1
+            _conv(c, self.out_channels, kernel_size) if fused else nn.Identity()
+            for c, fused in zip(arriving, is_fused, strict=True)
+            if len(arriving) > 1
         )
         self.pooling = ChainedResidualPooling(
-            self.out_channels, num_links=num_links, kernel_size=kernel_size, order=order
+            self.out_channels,
+            num_links=num_links,
+            kernel_size=kernel_size,
+            order=order,
+            activation=activation,
         )
         self.output = _residual_units(self.out_channels, num_units[1])
         self.align_corners = align_corners
@@ -161,7 +187,8 @@ class RefineBlock(nn.Module):
         return [
             f"{kind}.{i}"
             for kind in ("reductions", "fusions")
-            for i in range(len(getattr(self, kind)))
+            for i, conv in enumerate(getattr(self, kind))
+            if isinstance(conv, nn.Conv2d)
         ]
 
 
@@ -175,8 +202,9 @@ class RefineNet(nn.Module):
     """Per-pixel class logits from cascaded refinement. Build it with `refinenet`.
 
     Args:
-        backbones: each maps (B, 3, H, W) to four maps, finest first. Two for two scales.
-        channels: of those four maps.
+        backbones: each maps (B, 3, H, W) to as many maps as the groups take, finest first. Two for
+            two scales.
+        channels: of those maps.
         scales: of the image that each backbone is given.
         num_classes: number of classes K, at least 1.
         groups: see `_GROUPS`: stages of each block, from the coarsest.
@@ -187,6 +215,8 @@ class RefineNet(nn.Module):
         order: of each chained pooling.
         dropout: share of what the classifier reads that is dropped in training; 0 for none.
         align_corners: of the bilinear upsampling.
+        fuses_stages: see `RefineBlock`.
+        activation: of each chained pooling's input.
     """
 
     def __init__(
@@ -204,6 +234,8 @@ class RefineNet(nn.Module):
         order: PoolingOrder,
         dropout: float,
         align_corners: bool,
+        fuses_stages: bool = True,
+        activation: Callable[[Tensor], Tensor] = F.relu,
     ) -> None:
         super().__init__()
         # One backbone is `.backbone`, as in the other models; the second of two scales beside it.
@@ -226,6 +258,8 @@ class RefineNet(nn.Module):
                 num_links=num_links,
                 order=order,
                 align_corners=align_corners,
+                fuses_stages=fuses_stages,
+                activation=activation,
             )
             blocks.append(block)
         self.blocks = nn.ModuleList(blocks)
@@ -280,7 +314,7 @@ class RefineNet(nn.Module):
 def refinenet(
     num_classes: int,
     *,
-    backbone: nn.Module | BackboneName = "resnet101",
+    backbone: nn.Module | BackboneName | str = "resnet101",
     num_cascades: NumCascades = 4,
     is_two_scale: bool = False,
     channels: int = 256,
@@ -298,9 +332,10 @@ def refinenet(
         num_classes: number of classes K, at least 1.
         backbone: torchvision's name of a ResNet (random weights); or a ResNet with torchvision's
             attribute names, whose modules are used as they are (not copied); or any module that
-            returns a list of at least four maps, finest first, the last four of which are used, as
-            ``timm.create_model(..., features_only=True)``. Weights of torchvision load into
-            ``model.backbone`` with ``load_state_dict(weights, strict=False)``.
+            returns a list of at least four maps, finest first, the last four of which are used; or
+            "timm:NAME", which is ``timm.create_model(NAME, features_only=True)`` with random
+            weights, of the extra `sparsight[timm]`. For weights of torchvision, see
+            `load_backbone_weights`.
         num_cascades: blocks that refine one after the other: 4 (default), one for each stage; 2,
             the second with what the first made of stages 4 and 3; or 1, which fuses all stages.
         is_two_scale: two backbones with weights of their own, on the image at 0.6 and 1.2 times its
@@ -312,7 +347,7 @@ def refinenet(
             figure.
         pooling_order: "pool_conv" (default, the paper) or "conv_pool" (the authors' code of 2018).
         is_norm_frozen: norms of the backbone are constants, as published, which random weights
-            cannot do with. Applies to a backbone asked for by name.
+            cannot do with. Applies to a backbone of torchvision asked for by name.
         align_corners: grid of the bilinear upsampling; True for weights of DrSleep's port.
 
     Returns:
@@ -320,6 +355,7 @@ def refinenet(
 
     Raises:
         ValueError: an unknown backbone, a count that is too small, or an unknown cascade or order.
+        ModuleNotFoundError: a backbone of timm, which is not installed.
 
     Example:
         >>> import torch
@@ -354,7 +390,7 @@ def refinenet(
 def light_weight_refinenet(
     num_classes: int,
     *,
-    backbone: nn.Module | BackboneName = "resnet50",
+    backbone: nn.Module | LightBackboneName | str = "resnet50",
     channels: int = 256,
     num_poolings: int = 4,
     is_norm_frozen: bool = False,
@@ -364,7 +400,10 @@ def light_weight_refinenet(
 
     Args:
         num_classes: number of classes K, at least 1.
-        backbone: as for `refinenet`.
+        backbone: as for `refinenet`; or "mobilenet_v2", or torchvision's module of it, with which
+            the network is the published one of 3.3 M parameters: six stages enter, the last four of
+            them in pairs, which are summed as they are, without a convolution each; and chained
+            poolings begin with a ReLU6.
         channels: as for `refinenet`.
         num_poolings: as for `refinenet`.
         is_norm_frozen: as for `refinenet`.
@@ -375,10 +414,18 @@ def light_weight_refinenet(
 
     Raises:
         ValueError: an unknown backbone, or a count that is too small.
+        ModuleNotFoundError: as for `refinenet`.
+
+    Example:
+        >>> import torch
+        >>> model = light_weight_refinenet(11, backbone="mobilenet_v2", channels=16).eval()
+        >>> model(torch.zeros(1, 3, 50, 70))["out"].shape
+        torch.Size([1, 11, 50, 70])
 
     Source: Nekrasov, Shen, Reid, "Light-Weight RefineNet for Real-Time Semantic Segmentation", BMVC
-    2018, arXiv 1810.03272. Its classifier stays 3x3, and nothing is dropped before it. We depart as
-    in `refinenet`.
+    2018, arXiv 1810.03272; on a MobileNetV2 as in the authors' code
+    (github.com/DrSleep/light-weight-refinenet, of whose text nothing is used). Its classifier stays
+    3x3, and nothing is dropped before it. We depart as in `refinenet`.
     """
     return _build(
         "light_weight_refinenet",
@@ -401,7 +448,7 @@ def _build(
     caller: str,
     num_classes: int,
     *,
-    backbone: nn.Module | BackboneName,
+    backbone: nn.Module | str,
     num_cascades: NumCascades,
     is_two_scale: bool,
     channels: int,
@@ -430,70 +477,34 @@ def _build(
             f"{caller}: pooling_order={pooling_order!r}; 'pool_conv' or 'conv_pool' is required; "
             "leave it out for the paper's."
         )
-    if is_norm_frozen and not isinstance(backbone, str):
+    if is_norm_frozen and (not isinstance(backbone, str) or backbone.startswith(TIMM)):
         raise ValueError(
-            f"{caller}: is_norm_frozen=True came with a backbone module, but it changes a backbone "
-            "asked for by name only; freeze the module's norms, or pass its name."
+            f"{caller}: is_norm_frozen=True came with a backbone module, or timm's, but it changes "
+            "a backbone of torchvision asked for by name only; freeze the module's norms, or pass "
+            "its name."
         )
-    backbones = [_stages(caller, backbone, is_norm_frozen=is_norm_frozen)]
+    is_light = caller == "light_weight_refinenet"
+    names = get_args(BackboneName) + (("mobilenet_v2",) if is_light else ())
+    build = partial(stages_of, caller, backbone, names=names, is_norm_frozen=is_norm_frozen)
+    backbones = [build()]
     if is_two_scale and isinstance(backbone, str):
-        backbones.append(_stages(caller, backbone, is_norm_frozen=is_norm_frozen))
+        backbones.append(build())
     elif is_two_scale:
         backbones.append(copy.deepcopy(backbones[0]))
+    has_six = isinstance(backbones[0], MobileNetV2Stages)
     return RefineNet(
         backbones,
         channels=probe_stages(backbones[0])[0],
         scales=_TWO_SCALES if is_two_scale else (1.0,),
         num_classes=num_classes,
-        groups=_GROUPS[num_cascades],
-        widths=(2 * channels, channels, channels, channels),
+        groups=_MOBILENET_GROUPS if has_six else _GROUPS[num_cascades],
+        widths=(channels,) * 6 if has_six else (2 * channels, channels, channels, channels),
         kernel_size=kernel_size,
         num_units=num_units,
         num_links=num_poolings,
         order=pooling_order,
         dropout=dropout,
         align_corners=align_corners,
+        fuses_stages=not has_six,
+        activation=F.relu6 if has_six else F.relu,
     )
-
-
-class _LastFour(nn.Module):
-    """The last four maps of a module that returns a list of them."""
-
-    def __init__(self, features: nn.Module) -> None:
-        super().__init__()
-        self.features = features
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        return list(self.features(image))[-4:]
-
-
-def _stages(caller: str, backbone: nn.Module | BackboneName, *, is_norm_frozen: bool) -> nn.Module:
-    if isinstance(backbone, str):
-        if backbone not in get_args(BackboneName):
-            known = ", ".join(map(repr, get_args(BackboneName)))
-            raise ValueError(
-                f"{caller}: backbone={backbone!r}; one of {known} or a module is required; build "
-                "any other backbone yourself and pass it."
-            )
-        # heavy: only for those who ask for a backbone by name
-        from torchvision.models import resnet as zoo
-        from torchvision.ops import FrozenBatchNorm2d
-
-        norm = {"norm_layer": FrozenBatchNorm2d} if is_norm_frozen else {}
-        return ResNetStages(getattr(zoo, backbone)(weights=None, **norm))
-    if is_resnet(backbone):
-        return ResNetStages(backbone)
-    stages = _LastFour(backbone)
-    try:
-        _, strides = probe_stages(stages)
-    except (TypeError, AttributeError, IndexError, ValueError, StopIteration) as error:
-        strides, reason = [], f"does not return a list of maps ({error})"
-    else:
-        reason = f"returns maps of strides {strides}, finest first"
-    if len(strides) != 4 or strides != sorted(strides):
-        raise ValueError(
-            f"{caller}: backbone {type(backbone).__name__} {reason}; a ResNet with torchvision's "
-            "attribute names, or a module that returns at least four maps, finest first, is "
-            "required; pass for example timm.create_model(name, features_only=True)."
-        )
-    return stages

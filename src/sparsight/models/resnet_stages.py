@@ -33,6 +33,7 @@ class ResNetStages(nn.Module):
     bn1: nn.Module
     relu: nn.Module
     maxpool: nn.Module
+    left_out = ("fc.",)  # of torchvision's keys
 
     def __init__(self, resnet: nn.Module, *, caller: str = "ResNetStages") -> None:
         super().__init__()

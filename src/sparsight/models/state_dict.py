@@ -1,4 +1,4 @@
-"""Weights that others saved, read without running their code."""
+"""Weights that others saved: read without running their code, held against a model's."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _UNREADABLE = (
     AssertionError,
     struct.error,
 )
+_MOST_NAMED = 8  # keys of each kind, in a message
 
 
 def read_state_dict(
@@ -82,3 +83,38 @@ def read_state_dict(
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise no_state(f"its {key!r} is a {type(value).__name__}")
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def is_count(key: str) -> bool:
+    """Whether a key is of a norm's number of batches."""
+    return key.endswith("num_batches_tracked")
+
+
+def misfits(own: dict[str, Tensor], tensors: dict[str, Tensor], *, missing: list[str]) -> list[str]:
+    """Return what keeps tensors from being loaded, for a message; nothing if they fit.
+
+    Args:
+        own: state_dict that they are to replace.
+        tensors: by name.
+        missing: names in `own` that had to be among them and are not.
+    """
+    unexpected = [key for key in tensors if key not in own]
+    misshapen = [
+        f"{key} {tuple(value.shape)}, not {tuple(own[key].shape)}"
+        for key, value in tensors.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    return [
+        f"{len(keys)} {what} ({_listed(keys)})"
+        for what, keys in (
+            ("parameters are missing", missing),
+            ("are unknown", unexpected),
+            ("have another shape", misshapen),
+        )
+        if keys
+    ]
+
+
+def _listed(keys: list[str]) -> str:
+    rest = len(keys) - _MOST_NAMED
+    return ", ".join(keys[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -41,21 +41,6 @@ SegmentationModel = Literal[
 ]
 ModelName = SegmentationModel | Literal["resnet", "resnet_cifar", "small_c3d"]
 Task = Literal["segmentation", "classification", "detection", "proposals", "video"]
-Backbone = Literal[
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnet8",
-    "resnet14",
-    "resnet20",
-    "resnet32",
-    "resnet44",
-    "resnet56",
-    "resnet110",
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +52,9 @@ class Architecture:
             torchvision's "fcn_resnet50" or "deeplabv3_resnet50"; for classes of whole images
             "resnet", torchvision's, or "resnet_cifar"; for those of grey clips "small_c3d".
         num_classes: classes without the ignored one.
-        backbone: ResNet of the semantic FPN and of RefineNet, or which ResNet classifies:
-            "resnet20" to "resnet110" are those for CIFAR. None for the other segmentation models
-            and for clips.
+        backbone: of the semantic FPN and of RefineNet, as they take it, or which ResNet
+            classifies: "resnet20" to "resnet110" are those for CIFAR. None for the other
+            segmentation models and for clips.
         is_dilated: semantic FPN with dilation 2 and 4 in the last stages (bottlenecks only).
         is_deformable: semantic FPN with deformable 3x3 convolutions in stages 2 to 4 (resnet50
             only).
@@ -91,7 +76,7 @@ class Architecture:
 
     model: ModelName = "semantic_fpn"
     num_classes: int = 11
-    backbone: Backbone | None = "resnet18"
+    backbone: str | None = "resnet18"
     is_dilated: bool = False
     is_deformable: bool = False
     fpn_channels: int | None = 48

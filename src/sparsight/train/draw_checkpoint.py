@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsight.nn import RecordedDecision, record_sampling
-from sparsight.train.architecture import at_size
+from sparsight.train.architecture import AnyArchitecture, at_size
 from sparsight.train.checkpoint import load_checkpoint
 from sparsight.train.evaluation_data import (
     DatasetName,
@@ -43,6 +43,7 @@ def draw_checkpoint(
     checkpoint: str | Path,
     *,
     data: str | Path,
+    dense: str | Path | None = None,
     dataset: DatasetName | None = None,
     images: Sequence[int] = (0, 33, 66),
     split: Split = "val",
@@ -53,12 +54,15 @@ def draw_checkpoint(
 ) -> list[Path]:
     """Draw an overview of several images, and of each image the mask of every sampler.
 
-    The overview, overview.png, has a row for each image: prediction, and the share of the samplers
-    that compute each pixel. Masks are those of sampling seed 0.
+    The overview, overview.png, has a row for each image: prediction, beside that of a dense
+    checkpoint if one is given, and the share of the samplers that compute each pixel. Masks are
+    those of sampling seed 0.
 
     Args:
         checkpoint: a file that `save_checkpoint` wrote, of a sampled model.
         data: folder of the data set.
+        dense: a dense checkpoint for the same classes, whose prediction is drawn too; of
+            segmentation or detection, at the size of `checkpoint`'s input.
         dataset: which; default: what the checkpoint says, see `dataset_of`.
         images: positions in the split.
         split: which images.
@@ -73,9 +77,9 @@ def draw_checkpoint(
         The files written, the overview first.
 
     Raises:
-        FileNotFoundError: checkpoint or data missing.
-        ValueError: no images, one that is not there, a model without samplers, or checkpoint and
-            data set do not fit together.
+        FileNotFoundError: a checkpoint or data missing.
+        ValueError: no images, one that is not there, a model without samplers, or checkpoint, dense
+            checkpoint and data set do not fit together.
     """
     if not images:
         raise ValueError(
@@ -92,10 +96,11 @@ def draw_checkpoint(
         size=architecture.size,
         task=architecture.task,
     )
+    reference = None if dense is None else _dense_model(dense, architecture)
     classes = None
     if source.task == "segmentation":
         classes = {str(each): colour_of(k) for k, each in enumerate(source.classes)}
-    looks = [_look(model, source, index, shows_data) for index in images]
+    looks = [_look(model, source, index, shows_data, reference) for index in images]
     rows = [
         [*look.panels, share_panel(look.decisions, look.frame, caption=look.caption)]
         for look in looks
@@ -133,38 +138,68 @@ class _Look:
 
 
 @torch.inference_mode()
-def _look(model: nn.Module, source: EvaluationData, index: int, shows_data: bool) -> _Look:
+def _look(
+    model: nn.Module,
+    source: EvaluationData,
+    index: int,
+    shows_data: bool,
+    reference: nn.Module | None,
+) -> _Look:
     example = source.example(index)
     with record_sampling(model) as record:
         output = model(example)
+    if reference is None:
+        look = _SHOWN[source.task](source, index, output, shows_data, "")
+    else:
+        look = _SHOWN[source.task](source, index, output, shows_data, "sampled ")
+        other = _SHOWN[source.task](source, index, reference(example), shows_data, "dense ")
+        look = replace(look, panels=[*look.panels[:-1], other.panels[-1], look.panels[-1]])
     if source.task == "detection":
-        look = _detection(source, index, output[0], shows_data)
         # As the backbone sees it: resized, and padded to the right and below.
         detector: Any = model
         batch, _ = detector.transform(example)
         frame = Frame(look.frame.size, batch.image_sizes[0], tuple(batch.tensors.shape[2:]))
         return replace(look, frame=frame, decisions=record.decisions)
     if source.task == "proposals":
-        look = _proposals(source, index, output[0], shows_data)
         # It looks at each image at all of its scales; shown is the last, which is the largest.
         proposer: Any = model
         tensors, (resized,) = proposer.prepare(example, [proposer.scales[-1]])
         frame = Frame(look.frame.size, resized, tuple(tensors.shape[2:]))
         num_samplers = len(record.decisions) // len(proposer.scales)
         return replace(look, frame=frame, decisions=record.decisions[-num_samplers:])
-    show = _segmentation if source.task == "segmentation" else _classification
-    return replace(show(source, index, output, shows_data), decisions=record.decisions)
+    return replace(look, decisions=record.decisions)
+
+
+def _dense_model(checkpoint: str | Path, sampled: AnyArchitecture) -> nn.Module:
+    """The model of a dense checkpoint that predicts what a sampled one does."""
+    model, stored = load_checkpoint(checkpoint)
+    wrong = []
+    if stored.sampling is not None:
+        wrong.append("it is sampled")
+    if (stored.task, stored.num_classes) != (sampled.task, sampled.num_classes):
+        wrong.append(f"it is for {stored.task} with {stored.num_classes} classes")
+    if sampled.task == "classification":
+        wrong.append("a prediction for whole images is no picture")
+    if wrong:
+        raise ValueError(
+            f"draw_checkpoint: dense={str(checkpoint)!r}, but {' and '.join(wrong)}; a dense "
+            f"checkpoint for {sampled.task} with {sampled.num_classes} classes is required; pass "
+            "another, or leave it out."
+        )
+    at_size(model.eval(), stored, sampled.size)
+    return model
 
 
 def _segmentation(
-    source: EvaluationData, index: int, output: dict[str, Tensor], shows_data: bool
+    source: EvaluationData, index: int, output: dict[str, Tensor], shows_data: bool, whose: str
 ) -> _Look:
     image, labels = source.view[index]
     logits = output["out"][0]
     colours = {"num_classes": len(source.classes), "ignore_index": source.source.ignore_index}
     prediction = colour_classes(logits.argmax(0), **colours)
     title = source.title(index)
-    panels = [Panel("prediction" if shows_data else f"{title}: prediction", prediction)]
+    caption = f"{whose}prediction"
+    panels = [Panel(caption if shows_data else f"{title}: {caption}", prediction)]
     background = prediction
     if shows_data:
         background = to_pixels(image)
@@ -173,7 +208,9 @@ def _segmentation(
     return _Look(panels, background, Frame.plain((image.shape[1], image.shape[2])))
 
 
-def _classification(source: EvaluationData, index: int, output: Tensor, shows_data: bool) -> _Look:
+def _classification(
+    source: EvaluationData, index: int, output: Tensor, shows_data: bool, whose: str
+) -> _Look:
     image, label = source.view[index]
     probability, predicted = output[0].softmax(0).max(0)
     text = f"{source.title(index)}: {source.classes[int(predicted)]} {float(probability):.0%}"
@@ -186,8 +223,13 @@ def _classification(source: EvaluationData, index: int, output: Tensor, shows_da
 
 
 def _detection(
-    source: EvaluationData, index: int, found: dict[str, Tensor], shows_data: bool
+    source: EvaluationData,
+    index: int,
+    output: list[dict[str, Tensor]],
+    shows_data: bool,
+    whose: str,
 ) -> _Look:
+    (found,) = output
     image, target = source.view[index]
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     size = pixels.shape[0], pixels.shape[1]
@@ -196,7 +238,7 @@ def _detection(
     texts = [f"{float(score):.2f}" for score in found["scores"]]
     kept = [i for i, score in enumerate(found["scores"]) if score >= _LEAST_CONFIDENCE]
     boxes = [_box(source, found["boxes"][i], found["labels"][i], texts[i]) for i in kept]
-    caption = f"{len(boxes)} found at {_LEAST_CONFIDENCE} or more"
+    caption = f"{whose}{len(boxes)} found at {_LEAST_CONFIDENCE} or more"
     panels = [Panel(caption if shows_data else f"{title}: {caption}", background, boxes)]
     if shows_data:
         truth = [
@@ -208,21 +250,34 @@ def _detection(
 
 
 def _proposals(
-    source: EvaluationData, index: int, found: dict[str, Tensor], shows_data: bool
+    source: EvaluationData,
+    index: int,
+    output: list[dict[str, Tensor]],
+    shows_data: bool,
+    whose: str,
 ) -> _Look:
+    (found,) = output
     image, target = source.view[index]
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     size = pixels.shape[0], pixels.shape[1]
     background = pixels if shows_data else _canvas(size)
     title = source.title(index)
     drawn = found["masks"][:_NUM_DRAWN, 0]
-    caption = f"best {len(drawn)} of {len(found['masks'])} proposals"
+    caption = f"{whose}best {len(drawn)} of {len(found['masks'])} proposals"
     prediction = blend_masks(background, drawn)
     panels = [Panel(caption if shows_data else f"{title}: {caption}", prediction)]
     if shows_data:
         truth = blend_masks(background, target["masks"][~target["iscrowd"]])
         panels = [Panel(f"{title}: annotation", truth), *panels]
     return _Look(panels, background, Frame.plain(size))
+
+
+_SHOWN: dict[str, Callable[..., _Look]] = {
+    "segmentation": _segmentation,
+    "classification": _classification,
+    "detection": _detection,
+    "proposals": _proposals,
+}
 
 
 def _box(source: EvaluationData, corners: Tensor, label: Tensor, text: str = "") -> Box:

@@ -1,4 +1,4 @@
-"""The network that a run starts from: random, of a checkpoint, or of weights that torch saved."""
+"""The network that a run starts from: random, of a checkpoint, or of weights that others saved."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from sparsight.models import read_state_dict
-from sparsight.train.architecture import (
-    AnyArchitecture,
-    Architecture,
-    build_dense,
-    convert,
-)
+from sparsight.models import load_backbone_weights, read_state_dict
+from sparsight.train.architecture import AnyArchitecture, Architecture, build_dense, convert
 from sparsight.train.checkpoint import load_checkpoint, read_architecture
 
 Kind = TypeVar("Kind", bound=AnyArchitecture)
@@ -67,3 +63,45 @@ def initial_network(architecture: Architecture, init: str | Path | None) -> nn.M
             f"{architecture.backbone} with {architecture.num_classes} classes ({error}); {advice}."
         ) from error
     return convert(dense, architecture)
+
+
+def dense_network(architecture: AnyArchitecture, backbone_weights: str | None) -> nn.Module:
+    """Return the dense network of `architecture`, with random weights but for its backbone's.
+
+    Args:
+        architecture: what to build.
+        backbone_weights: see `sparsight.models.load_backbone_weights`; None for random ones.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConnectionError: torchvision could not fetch the weights.
+        ValueError: there is no backbone, or the weights do not fit it.
+    """
+    dense = build_dense(architecture)
+    if backbone_weights is not None:
+        # torchvision's own models say at the end of their names what they stand on: fcn_resnet50
+        name = architecture.backbone or architecture.model.rpartition("_")[2]
+        kept = load_backbone_weights(dense, backbone_weights, name=name)
+        random = f"; {len(kept)} parameters of it keep their values" if kept else ""
+        say = rank_zero_only(print)  # not once a process
+        say(f"{backbone_weights}: loaded into the backbone{random}")
+    return dense
+
+
+def check_one_start(caller: str, **starts: str | None) -> None:
+    """Refuse more than one of the flags that say what weights a run starts from.
+
+    Args:
+        caller: of whom, for the message.
+        starts: the flags, by name; None where one is not given.
+
+    Raises:
+        ValueError: two or more are given.
+    """
+    given = {name: value for name, value in starts.items() if value is not None}
+    if len(given) > 1:
+        listed = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ValueError(
+            f"{caller}: {listed} were both given; at most one is required; a checkpoint holds its "
+            "backbone's weights: drop the other flag."
+        )

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sparsight.train.architecture import Architecture, Backbone, SegmentationModel
+from sparsight.train.architecture import Architecture, SegmentationModel
 from sparsight.train.bootstrapping import bootstrapped_cross_entropy
 from sparsight.train.data import Transform, frrn_transform, training_transform
 from sparsight.train.pooling import PoolingKind
@@ -27,7 +27,7 @@ def segmentation_architecture(
     model: SegmentationModel,
     num_classes: int,
     size: tuple[int, int],
-    backbone: Backbone,
+    backbone: str,
     is_dilated: bool = False,
     is_deformable: bool = False,
     fpn_channels: int,

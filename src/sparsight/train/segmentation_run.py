@@ -8,11 +8,12 @@ from typing import Any
 
 import lightning as L
 
-from sparsight.train.architecture import Architecture, build_dense, convert
+from sparsight.train.architecture import Architecture, convert
 from sparsight.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from sparsight.train.distillation import Distillation
 from sparsight.train.evaluate import score
 from sparsight.train.filter_pruning import pruning_of, remove_pruned_filters
+from sparsight.train.initial_weights import check_one_start, dense_network
 from sparsight.train.recipe import Recipe
 from sparsight.train.sampling import Plan
 from sparsight.train.sampling_flags import SamplingFlags
@@ -33,6 +34,7 @@ def train_segmentation(
     flags: SamplingFlags,
     lr: float,
     init: str | None = None,
+    backbone_weights: str | None = None,
     distillation: Distillation | None = None,
     loss: Loss = "cross_entropy",
     resume: bool = False,
@@ -49,6 +51,8 @@ def train_segmentation(
         flags: what the network is to compute, and at what price.
         lr: peak learning rate.
         init: checkpoint to start from.
+        backbone_weights: of the backbone, where there is no `init`: a file, or the name of weights
+            of torchvision, see `sparsight.models.load_backbone_weights`.
         distillation: whom the network learns from beside the annotations, and how; None for those
             alone.
         loss: over the pixels: "cross_entropy", or "bootstrapped", of the worst sixteenth of each
@@ -61,17 +65,20 @@ def train_segmentation(
         all processes of a distributed run but the first, which alone does what follows training.
 
     Raises:
-        ValueError: a checkpoint of another architecture, or flags that contradict each other.
+        ValueError: a checkpoint of another architecture, weights that do not fit, both at once, or
+            flags that contradict each other.
         ImportError: filters are to be pruned without the extra `sparsight[compress]`.
-        FileNotFoundError: a checkpoint, or the state to resume, is missing.
+        FileNotFoundError: a checkpoint, weights, or the state to resume, are missing.
+        ConnectionError: torchvision could not fetch the weights.
     """
+    check_one_start(f"train_segmentation ({name})", init=init, backbone_weights=backbone_weights)
     data: Any = recipe.val_data
     architecture = dataclasses.replace(dense, size=planned.size, sampling=planned.sampling)
     L.seed_everything(recipe.seed, verbose=False)
     if init is not None:
         network, _ = load_checkpoint(init, expected=architecture)
     else:
-        network = convert(build_dense(architecture), architecture)
+        network = convert(dense_network(architecture, backbone_weights), architecture)
     distiller = None if distillation is None else distillation.distiller(network, dense)
     task = SegmentationTask(
         network,
