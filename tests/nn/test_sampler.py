@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsight.nn import Sampler, SamplingDecision
+from sparsight.nn import RBFInterpolation, Sampler, SamplingDecision
 
 NOISES = ["white", "blue", "none"]
 
@@ -319,3 +319,35 @@ def test_exports_with_a_free_size_and_the_same_mask(noise):
     for size in ((13, 9), (70, 65)):
         x = torch.randn(2, 4, *size)
         assert torch.equal(program.module()(x).mask, sampler(x).mask)
+
+
+def test_without_noise_a_region_below_the_threshold_fills_no_holes_in_training():
+    """Relative weights would: relaxed masks of 1e-20 in a hole's whole window sum to one too."""
+    features = torch.randn(1, 2, 9, 12)
+    logits = torch.full((1, 1, 9, 12), -1.5)
+    logits[..., :2] = 1.5
+    logits.requires_grad_()
+    sampler = Sampler(2, noise="none", grid_stride=None)
+    sampler.temperature = 0.03
+    fill = RBFInterpolation()
+    trained = fill(features, sampler.train().decide(logits).weights)
+    inferred = fill(features, sampler.eval().decide(logits).weights)
+    torch.testing.assert_close(trained, inferred)
+    assert inferred[..., 6:].abs().max() == 0  # no site within the window
+    trained.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_only_without_noise_relaxed_masks_have_a_floor():
+    logits = torch.tensor([-0.3, -0.1, 0.2]).view(1, 1, 1, 3).requires_grad_()
+    has_small = {}
+    for noise in NOISES:
+        sampler = Sampler(2, noise=noise, grid_stride=None, bias=0.0).train()
+        sampler.temperature = 0.03
+        torch.manual_seed(0)
+        relaxed = sampler.decide(logits.expand(1, 1, 64, 3)).relaxed
+        has_small[noise] = bool(((relaxed > 0) & (relaxed < 1e-3)).any())
+    assert has_small == {"white": True, "blue": True, "none": False}
+    sampler.temperature = 1.0
+    relaxed = sampler.decide(logits).relaxed
+    torch.testing.assert_close(relaxed, torch.sigmoid(logits))

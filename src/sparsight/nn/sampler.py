@@ -1,5 +1,6 @@
 """From features to a decision: which positions of a map are worth computing."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -17,6 +18,10 @@ from sparsight.nn.noise import (
 )
 
 __all__ = ["Sampler", "SamplingDecision"]
+
+# Without noise, relaxed masks below this are exactly 0, see `Sampler`.
+_LEAST_RELAXED = 1e-3
+_LEAST_LOGIT = math.log(_LEAST_RELAXED / (1 - _LEAST_RELAXED))
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,9 @@ class Sampler(nn.Module):
         in_channels: channels C of the features.
         stride: of the convolution that the mask gates, so that the mask has its output's size.
         noise: "white" (the paper), "blue" (same marginal, evenly spread) or "none" (a threshold).
+            Without noise whole regions lie below the threshold, and relaxed masks of 1e-10 would
+            fill their holes in training from the very features that inference does not compute,
+            as the weights of an interpolation are relative: there, relaxed masks below 1e-3 are 0.
         grid_stride: every position with y and x divisible by it is computed, whatever the logits
             say. Default 11, the paper's. None for no grid.
         bias: of the head; the initial probability is sigmoid(bias), 0.953 for the paper's 3.0.
@@ -271,6 +279,8 @@ class Sampler(nn.Module):
             if scaled is not None:
                 # Before the sigmoid, which then keeps the one map that the fill keeps too.
                 scaled = scaled.masked_fill(grid, torch.inf)
+        if scaled is not None and self.noise == "none":
+            scaled = scaled.masked_fill(scaled < _LEAST_LOGIT, -torch.inf)
         relaxed = None if scaled is None else torch.sigmoid(scaled)
         if relaxed is not None and self.straight_through:
             # The difference is exactly zero, so that the value is exactly 0 or 1.
