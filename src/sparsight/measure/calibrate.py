@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsight.measure.macs import call_model, count_macs
-from sparsight.measure.norms import batch_statistics, measure_norms, running_norms
+from sparsight.measure.norms import (
+    batch_statistics,
+    measure_norms,
+    norm_state,
+    set_norm_state,
+)
 from sparsight.measure.sampled_layers import interpolation_modules, owns_samplers, samplers_of
 from sparsight.nn import Sampler, SamplingDecision, record_sampling, sampling_loss
 from sparsight.nn.budget import (
@@ -156,7 +161,7 @@ def calibrate(
                 shows_progress=shows_progress,
             )
             # Statistics depend on the masks and, by way of the features, masks on the statistics.
-            teacher = _norm_state(model)
+            teacher = norm_state(model)
             for _ in range(2 if remeasure_norms else 1):
                 if remeasure_norms:
                     measure_norms(model, batches)
@@ -468,17 +473,6 @@ def _sampling_for_training(samplers: list[Sampler]) -> Iterator[None]:
             sampler.eval()
 
 
-def _norm_state(model: nn.Module) -> list[dict[str, Tensor]]:
-    return [{k: v.clone() for k, v in norm.named_buffers()} for norm in running_norms(model)]
-
-
-@torch.no_grad()
-def _set_norm_state(model: nn.Module, state: list[dict[str, Tensor]]) -> None:
-    for norm, values in zip(running_norms(model), state, strict=True):
-        for name, buffer in norm.named_buffers():
-            buffer.copy_(values[name])
-
-
 def _mean_error(learnt: list[Tensor], taught: list[Tensor]) -> Tensor:
     """Mean over the layers of the relative squared error."""
     return torch.stack([_relative(a, b) for a, b in zip(learnt, taught, strict=True)]).mean()
@@ -517,13 +511,13 @@ def _errors(
     model: nn.Module, batches: list[Any], dense_norms: list[dict[str, Tensor]]
 ) -> tuple[float, float]:
     """Errors of features and outputs at inference, mean over batches."""
-    own_norms = _norm_state(model)
+    own_norms = norm_state(model)
     features, outputs = [], []
     for batch in batches:
-        _set_norm_state(model, dense_norms)
+        set_norm_state(model, dense_norms)
         with _full_masks(model), _watched(model) as taught:
             target = call_model(model, batch)
-        _set_norm_state(model, own_norms)
+        set_norm_state(model, own_norms)
         with _watched(model) as learnt:
             output = call_model(model, batch)
         features.append(float(_mean_error(learnt, taught)))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsight.measure.macs import call_model
@@ -17,6 +17,19 @@ from sparsight.nn.evaluating import evaluating
 def running_norms(model: nn.Module) -> list[_BatchNorm]:
     """Return the batch norms of `model` that keep running statistics, each once."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def norm_state(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Return copies of the running statistics of `running_norms`, for `set_norm_state`."""
+    return [{k: v.clone() for k, v in norm.named_buffers()} for norm in running_norms(model)]
+
+
+@torch.no_grad()
+def set_norm_state(model: nn.Module, state: list[dict[str, Tensor]]) -> None:
+    """Set the running statistics of `running_norms` to those that `norm_state` returned."""
+    for norm, values in zip(running_norms(model), state, strict=True):
+        for name, buffer in norm.named_buffers():
+            buffer.copy_(values[name])
 
 
 @contextmanager
@@ -77,7 +90,7 @@ def measure_norms(model: nn.Module, batches: Iterable[Any]) -> int:
     norms = running_norms(model)
     if not norms:
         return 0
-    states = [{name: b.clone() for name, b in norm.named_buffers()} for norm in norms]
+    before = norm_state(model)
     seen = 0
     try:
         with evaluating(model):
@@ -93,8 +106,6 @@ def measure_norms(model: nn.Module, batches: Iterable[Any]) -> int:
                     "least one; pass a list, not an iterator that was used before."
                 )
     except BaseException:
-        for norm, state in zip(norms, states, strict=True):
-            for name, buffer in norm.named_buffers():
-                buffer.copy_(state[name])
+        set_norm_state(model, before)
         raise
     return seen
