@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsight.measure import MacCount, count_macs, count_published_macs
@@ -14,7 +13,7 @@ from sparsight.train.architecture import DetectorArchitecture
 from sparsight.train.average_precision import average_precision, to_coco
 from sparsight.train.data.boxes import DetectionBatch
 from sparsight.train.data.coco import Coco
-from sparsight.train.processes import is_distributed
+from sparsight.train.processes import gather_lists
 from sparsight.train.sampled_task import SampledTask
 
 
@@ -134,11 +133,7 @@ class DetectionTask(SampledTask):
         """Return COCO's average precision over the images seen, of all processes together."""
         seen, detections = self._seen, self._detections
         self._seen, self._detections = [], []
-        if is_distributed():
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (seen, detections))
-            seen = [image_id for ids, _ in parts for image_id in ids]
-            detections = [detection for _, found in parts for detection in found]
+        seen, detections = gather_lists(seen), gather_lists(detections)
         score = average_precision(self.val_data.ground_truth(seen), detections)
         values = {"val_ap": score.ap, "val_ap50": score.ap50, "val_ap75": score.ap75}
         return {name: value for name, value in values.items() if value is not None}

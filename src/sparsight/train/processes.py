@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -29,6 +29,21 @@ def reduce_over_processes(value: Tensor, how: Literal["mean", "sum", "max"]) -> 
     value = value.clone()
     dist.all_reduce(value, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
     return value / dist.get_world_size() if how == "mean" else value
+
+
+def gather_lists(own: list[Any]) -> list[Any]:
+    """Return the lists of all processes of a run behind each other, the same in each.
+
+    Args:
+        own: of plain values; in a single process it is what comes back.
+
+    Cost: one collective call, which sends all of it to all; nothing in a single process.
+    """
+    if not is_distributed():
+        return own
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return [value for part in parts for value in part]
 
 
 def is_distributed() -> bool:

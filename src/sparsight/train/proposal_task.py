@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsight.measure import MacCount, count_macs
@@ -16,7 +15,7 @@ from sparsight.train.average_recall import average_recall, to_coco_masks
 from sparsight.train.data.boxes import DetectionBatch
 from sparsight.train.data.coco import Coco
 from sparsight.train.data.voc import Voc
-from sparsight.train.processes import is_distributed
+from sparsight.train.processes import gather_lists
 from sparsight.train.sampled_task import SampledTask
 
 _FALL = 0.8  # of the run, after which the published learning rate is a tenth: 32,000 of 40,000
@@ -116,11 +115,7 @@ class ProposalTask(SampledTask):
         """Return the average recall over the images seen, of all processes together."""
         seen, found = self._seen, self._found
         self._seen, self._found = [], []
-        if is_distributed():
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (seen, found))
-            seen = [image_id for ids, _ in parts for image_id in ids]
-            found = [proposal for _, proposals in parts for proposal in proposals]
+        seen, found = gather_lists(seen), gather_lists(found)
         score = average_recall(self.val_data.ground_truth(seen), found)
         values = {"val_ar10": score.ar10, "val_ar100": score.ar100}
         return {name: value for name, value in values.items() if value is not None}

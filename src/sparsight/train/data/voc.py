@@ -236,6 +236,8 @@ def _read_mat(path: Path) -> tuple[np.ndarray, list[int]]:
     try:
         found = loadmat(path)["GTinst"][0]
         return found["Segmentation"][0], [int(c) for c in np.ravel(found["Categories"][0])]
+    # What scipy raises for files that are no Matlab files, and for those of Matlab 7.3; and what
+    # reading fields raises that are not there.
     except (MatReadError, LookupError, ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(
             f"Voc: {str(path)!r} holds no objects ({error}); GTinst with Segmentation and "
