@@ -11,38 +11,47 @@
 
 constexpr int kMaxWindowTaps = kMaxWindow * kMaxWindow;
 
+// out[0..VECS vectors) = relu?(sum_i weight[i] * rows[i][at..] + residual)
+template <int VECS, bool STREAM, class Out>
+static inline void combine_vectors(const Element* const* rows, const float* weights, int count,
+                                   const Element* residual, bool clamp, Out* out, int64_t at) {
+  Vec acc[VECS];
+  for (int v = 0; v < VECS; ++v)
+    acc[v] = residual ? Vec::load(residual + at + v * Vec::lanes) : Vec::zero();
+  for (int i = 0; i < count; ++i) {
+    const Vec w = Vec::set(weights[i]);
+    for (int v = 0; v < VECS; ++v)
+      acc[v] = fma(w, Vec::load(rows[i] + at + v * Vec::lanes), acc[v]);
+  }
+  if (clamp)
+    for (int v = 0; v < VECS; ++v) acc[v] = relu(acc[v]);
+  if (STREAM)
+    stream_vectors<VECS>(out + at, acc);
+  else
+    for (int v = 0; v < VECS; ++v) acc[v].store(out + at + v * Vec::lanes);
+}
+
 // out[0..channels) = relu?(sum_i weight[i] * rows[i] + residual)
 template <bool STREAM, class Out>
 static inline void combine_rows(const Element* const* rows, const float* weights, int count,
                                 const Element* residual, bool clamp, Out* out, int64_t channels) {
-  constexpr int step = 4 * Vec::lanes;
   int64_t c = 0;
-  for (; c + step <= channels; c += step) {
-    Vec acc[4];
-    for (int v = 0; v < 4; ++v)
-      acc[v] = residual ? Vec::load(residual + c + v * Vec::lanes) : Vec::zero();
-    for (int i = 0; i < count; ++i) {
-      const Vec w = Vec::set(weights[i]);
-      for (int v = 0; v < 4; ++v) acc[v] = fma(w, Vec::load(rows[i] + c + v * Vec::lanes), acc[v]);
-    }
-    if (clamp)
-      for (int v = 0; v < 4; ++v) acc[v] = relu(acc[v]);
-    for (int v = 0; v < 4; v += 2) {
-      if (STREAM) {
-        stream_pair(out + c + v * Vec::lanes, acc[v], acc[v + 1]);
-      } else {
-        acc[v].store(out + c + v * Vec::lanes);
-        acc[v + 1].store(out + c + (v + 1) * Vec::lanes);
-      }
-    }
+  for (; c + 4 * Vec::lanes <= channels; c += 4 * Vec::lanes)
+    combine_vectors<4, STREAM>(rows, weights, count, residual, clamp, out, c);
+  if (c + 2 * Vec::lanes <= channels) {
+    combine_vectors<2, STREAM>(rows, weights, count, residual, clamp, out, c);
+    c += 2 * Vec::lanes;
   }
-  for (; c < channels; c += Vec::lanes) {
-    const int n = channels - c < Vec::lanes ? (int)(channels - c) : Vec::lanes;
-    Vec acc = residual ? Vec::load_part(residual + c, n) : Vec::zero();
-    for (int i = 0; i < count; ++i)
-      acc = fma(Vec::set(weights[i]), Vec::load_part(rows[i] + c, n), acc);
-    (clamp ? relu(acc) : acc).store_part(out + c, n);
+  if (c + Vec::lanes <= channels) {
+    combine_vectors<1, STREAM>(rows, weights, count, residual, clamp, out, c);
+    c += Vec::lanes;
   }
+  if (c == channels) return;
+  const int n = (int)(channels - c);
+  Vec acc = residual ? Vec::load_part(residual + c, n) : Vec::zero();
+  for (int i = 0; i < count; ++i)
+    acc = fma(Vec::set(weights[i]), Vec::load_part(rows[i] + c, n), acc);
+  (clamp ? relu(acc) : acc).store_part(out + c, n);
 }
 
 // The sites in the window of (y, x): bit dy * window + dx of word 0, or of the words it spills

@@ -45,7 +45,7 @@ struct ConvCall {
   int64_t output_stride;
   bool compact_output;  // write the i-th row, not the row of its position
   bool float_output;    // write float32 rows, whatever the elements are
-  bool stream;          // write past the caches: rows are aligned to 64 bytes, and their panels
+  bool stream;          // write past the caches: rows are whole lines of 64 bytes, and groups
   bool relu;
 };
 
@@ -109,7 +109,7 @@ struct FillCall {
   int64_t output_stride;
   bool relu;
   bool float_output;  // as in ConvCall
-  bool stream;        // write past the caches: rows are 64-byte aligned, channels a multiple of 64
+  bool stream;        // write past the caches: rows are whole lines of 64 bytes
 };
 
 // Fill with a float mask (training), forward and backward; all maps are dense rows of one image.

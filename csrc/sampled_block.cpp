@@ -99,8 +99,10 @@ struct Runner : BlockMasks {
   }
 
   // Larger than the caches near a core: written past them, it is not read for ownership first.
-  static bool streams(const void* output, int64_t bytes) {
-    return bytes >= kStreamedBytes && reinterpret_cast<uintptr_t>(output) % 64 == 0;
+  // What is written at once, rows or groups of their channels, must be whole lines.
+  static bool streams(const void* output, int64_t bytes, int64_t bytes_at_once) {
+    return bytes >= kStreamedBytes && reinterpret_cast<uintptr_t>(output) % 64 == 0 &&
+           bytes_at_once % 64 == 0;
   }
 
   // Offsets and modulation of a deformable stage at its sites, in compact rows.
@@ -275,8 +277,9 @@ struct Runner : BlockMasks {
         call.output = image_output;
         call.float_output = a.float_output;
         // Of the lanes layout no whole lines are written.
-        call.stream = call.kind == PackKind::panel && streams(image_output, map * output_size) &&
-                      stage[kStageOut] / stage[kStageGroups] % kPanel == 0;
+        call.stream = call.kind == PackKind::panel &&
+                      streams(image_output, map * output_size,
+                              stage[kStageOut] / stage[kStageGroups] * output_size);
         call.residual = shortcut;
         call.residual_stride = stage[kStageOut];
         call.relu = a.spec[kReluOut] || stage[kStageRelu];
@@ -303,7 +306,7 @@ struct Runner : BlockMasks {
         fill.relu = a.spec[kReluOut];
         fill.float_output = a.float_output;
         fill.stream =
-            streams(image_output, map * output_size) && stage[kStageOut] % (2 * kPanel) == 0;
+            streams(image_output, map * output_size, stage[kStageOut] * output_size);
         parallel_ranges(threads, mask.height * mask.width,
                         [&](int64_t begin, int64_t end) { table.fill(fill, begin, end); });
         return;

@@ -9,6 +9,8 @@
 // Input, residual and output are channels-last rows; nothing is gathered, rows are read by pointer.
 // Register budget: AVX-512 12 x 2 accumulators of 16 lanes + 2 weights + 1 broadcast = 27 of 32;
 // AVX2 4 x 2 of 8 lanes + 2 + 1 = 11 of 16 (a panel is walked as two halves); scalar 2 x 4.
+// A panel that ends within the first vector (48 channels are 32 and 16) is 12 x 1: one load more in
+// 12, half the multiply-adds.
 // With bfloat16 maps a step of the inner loop takes a pair of channels (csrc/pack.h).
 // Every element is summed tap by tap, channel by channel, in one order whatever the tile, so that
 // results do not depend on the split over threads. Included in an ISA-named namespace.
@@ -71,8 +73,8 @@ struct Tile {
 };
 
 // acc += rows[0..MR) (channels) x packed (channels x 32, this half)
-template <int MR, bool ROWS, bool WEIGHTS>
-static inline void accumulate(Vec (&acc)[MR][kVecs], const Element* const* rows,
+template <int MR, int VECS, bool ROWS, bool WEIGHTS>
+static inline void accumulate(Vec (&acc)[MR][VECS], const Element* const* rows,
                               const Element* const* next_rows, const float* packed,
                               const float* next_packed, int64_t channels) {
   const Element* r[MR];
@@ -82,42 +84,38 @@ static inline void accumulate(Vec (&acc)[MR][kVecs], const Element* const* rows,
     if (ROWS && u % 16 == 0)
       for (int m = 0; m < MR; ++m) __builtin_prefetch(next_rows[m] + u * kUnit);
     if (WEIGHTS)
-      for (int line = 0; line < kColumns; line += 16)
+      for (int line = 0; line < VECS * Vec::lanes; line += 16)
         __builtin_prefetch(next_packed + u * kPanel + line, 0, 2);
-    Vec w[kVecs];
-    for (int v = 0; v < kVecs; ++v) w[v] = Vec::load(packed + v * Vec::lanes);
+    Vec w[VECS];
+    for (int v = 0; v < VECS; ++v) w[v] = Vec::load(packed + v * Vec::lanes);
     packed += kPanel;
     for (int m = 0; m < MR; ++m) {
       const Vec a = unit_at(r[m] + u * kUnit);
-      for (int v = 0; v < kVecs; ++v) acc[m][v] = multiply_add(a, w[v], acc[m][v]);
+      for (int v = 0; v < VECS; ++v) acc[m][v] = multiply_add(a, w[v], acc[m][v]);
     }
   }
   if (kUnit > 1 && channels % kUnit) {
     for (int m = 0; m < MR; ++m) {
       const Vec a = half_unit_at(r[m] + channels - 1);
-      for (int v = 0; v < kVecs; ++v)
+      for (int v = 0; v < VECS; ++v)
         acc[m][v] = multiply_add(a, Vec::load(packed + v * Vec::lanes), acc[m][v]);
     }
   }
 }
 
 // out[0..left) of one row = relu?(acc + residual)
-template <class Out>
+template <int VECS, class Out>
 static inline void store_row(Vec* acc, const Element* residual, bool clamp, bool past_caches,
                              Out* out, int64_t left) {
-  if (left >= kColumns) {
+  if (left >= VECS * Vec::lanes) {
     if (residual)
-      for (int v = 0; v < kVecs; ++v) acc[v] = add(acc[v], Vec::load(residual + v * Vec::lanes));
+      for (int v = 0; v < VECS; ++v) acc[v] = add(acc[v], Vec::load(residual + v * Vec::lanes));
     if (clamp)
-      for (int v = 0; v < kVecs; ++v) acc[v] = relu(acc[v]);
-    for (int v = 0; v < kVecs; v += 2) {
-      if (past_caches) {
-        stream_pair(out + v * Vec::lanes, acc[v], acc[v + 1]);
-      } else {
-        acc[v].store(out + v * Vec::lanes);
-        acc[v + 1].store(out + (v + 1) * Vec::lanes);
-      }
-    }
+      for (int v = 0; v < VECS; ++v) acc[v] = relu(acc[v]);
+    if (past_caches)
+      stream_vectors<VECS>(out, acc);
+    else
+      for (int v = 0; v < VECS; ++v) acc[v].store(out + v * Vec::lanes);
     return;
   }
   for (int v = 0; v * Vec::lanes < left; ++v) {
@@ -130,10 +128,10 @@ static inline void store_row(Vec* acc, const Element* residual, bool clamp, bool
   }
 }
 
-template <int MR>
+template <int MR, int VECS>
 static inline void conv_tile(const ConvCall& call, const Tile& tile) {
-  Vec acc[MR][kVecs];
-  for (int v = 0; v < kVecs; ++v) {
+  Vec acc[MR][VECS];
+  for (int v = 0; v < VECS; ++v) {
     const Vec b = tile.bias ? Vec::load(tile.bias + v * Vec::lanes) : Vec::zero();
     for (int m = 0; m < MR; ++m) acc[m][v] = b;
   }
@@ -148,13 +146,13 @@ static inline void conv_tile(const ConvCall& call, const Tile& tile) {
     const float* next_packed = tile.next_packed + t * tap_floats;
     const bool draws = tile.next_packed && (tile.turn + t) % tile.turns == 0;
     if (tile.next_rows && draws)
-      accumulate<MR, true, true>(acc, rows, next, packed, next_packed, tile.range);
+      accumulate<MR, VECS, true, true>(acc, rows, next, packed, next_packed, tile.range);
     else if (tile.next_rows)
-      accumulate<MR, true, false>(acc, rows, next, packed, nullptr, tile.range);
+      accumulate<MR, VECS, true, false>(acc, rows, next, packed, nullptr, tile.range);
     else if (draws)
-      accumulate<MR, false, true>(acc, rows, nullptr, packed, next_packed, tile.range);
+      accumulate<MR, VECS, false, true>(acc, rows, nullptr, packed, next_packed, tile.range);
     else
-      accumulate<MR, false, false>(acc, rows, nullptr, packed, nullptr, tile.range);
+      accumulate<MR, VECS, false, false>(acc, rows, nullptr, packed, nullptr, tile.range);
   }
   for (int m = 0; m < MR; ++m) {
     if (m >= tile.live) break;
@@ -164,22 +162,25 @@ static inline void conv_tile(const ConvCall& call, const Tile& tile) {
         call.residual ? element_row(call.residual, position * call.residual_stride + tile.column)
                       : nullptr;
     if (kUnit == 1 || !call.float_output)
-      store_row(acc[m], residual, call.relu, call.stream, (Element*)call.output + at, tile.left);
+      store_row<VECS>(acc[m], residual, call.relu, call.stream, (Element*)call.output + at,
+                      tile.left);
     else
-      store_row(acc[m], residual, call.relu, call.stream, (float*)call.output + at, tile.left);
+      store_row<VECS>(acc[m], residual, call.relu, call.stream, (float*)call.output + at,
+                      tile.left);
   }
 }
 
+template <int VECS>
 static inline void dispatch_tile(const ConvCall& call, const Tile& tile) {
 #if defined(SPARSIGHT_AVX512)
-  if (tile.live > 8) return conv_tile<12>(call, tile);
-  if (tile.live > 4) return conv_tile<8>(call, tile);
+  if (tile.live > 8) return conv_tile<12, VECS>(call, tile);
+  if (tile.live > 4) return conv_tile<8, VECS>(call, tile);
 #endif
 #if defined(SPARSIGHT_AVX512) || defined(SPARSIGHT_AVX2)
-  if (tile.live > 2) return conv_tile<4>(call, tile);
+  if (tile.live > 2) return conv_tile<4, VECS>(call, tile);
 #endif
-  if (tile.live > 1) return conv_tile<2>(call, tile);
-  conv_tile<1>(call, tile);
+  if (tile.live > 1) return conv_tile<2, VECS>(call, tile);
+  conv_tile<1, VECS>(call, tile);
 }
 
 // Row pointers of up to kRows sites for all taps, [tap][kRows]; missing sites repeat the last one.
@@ -322,7 +323,10 @@ static void conv(const ConvCall& call, int64_t panel_begin, int64_t panel_end, i
         tile.bias = call.bias ? call.bias + panel * kPanel + half : nullptr;
         tile.column = at.first_out + half;
         tile.left = at.width - half;
-        dispatch_tile(call, tile);
+        if (tile.left > Vec::lanes)
+          dispatch_tile<kVecs>(call, tile);
+        else
+          dispatch_tile<1>(call, tile);
         tile.next_rows = nullptr;
       }
     }

@@ -329,6 +329,19 @@ static inline float to_float(Element x) {
 }
 #endif
 
+// Past the caches, a pair at a time; one vector alone only where it fills a line: not in bfloat16.
+template <int VECS, class Out>
+static inline void stream_vectors(Out* out, const Vec* x) {
+  if constexpr (VECS == 1) {
+    if constexpr (sizeof(Out) == sizeof(float))
+      x[0].stream(out);
+    else
+      x[0].store(out);
+  } else {
+    for (int v = 0; v < VECS; v += 2) stream_pair(out + v * Vec::lanes, x[v], x[v + 1]);
+  }
+}
+
 // Below this the exponential is 0 here: e^-86.5 is 3e-38, and 2^n stays a normal number.
 constexpr float kLeastExponent = -86.5f;
 // e^x for x in [kLeastExponent, 0], 0 at its lower end, anything of NaN; within 2 ULP.
