@@ -252,7 +252,7 @@ NB_MODULE(_kernels, m) {
     const int64_t num_words = (2 * t.num_levels + 1) * kWindowWords;
     return nb::make_tuple(
         t.num_levels, std::vector<int64_t>(words, words + num_words),
-        std::vector<float>(t.ratio, t.ratio + (t.num_levels + 1) * window * window));
+        std::vector<float>(t.ratio, t.ratio + (t.num_levels + 1) * tap_numbers(window)));
   });
   m.def("sampled_conv", &sampled_conv);
   m.def("sampled_deform_conv", &sampled_deform_conv);

@@ -18,7 +18,7 @@ enum Slot {
   kHoles,
   kRowOf,
   kNeeded,
-  kBits,
+  kColumns,
   kStageA,
   kStageB,
   kMerged,

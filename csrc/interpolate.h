@@ -12,17 +12,23 @@
 constexpr int kMaxWindowTaps = kMaxWindow * kMaxWindow;
 
 // out[0..VECS vectors) = relu?(sum_i weight[i] * rows[i][at..] + residual)
+constexpr int kAlways = 4;  // see choose_mixes
+
 template <int VECS, bool STREAM, class Out>
 static inline void combine_vectors(const Element* const* rows, const float* weights, int count,
                                    const Element* residual, bool clamp, Out* out, int64_t at) {
   Vec acc[VECS];
   for (int v = 0; v < VECS; ++v)
     acc[v] = residual ? Vec::load(residual + at + v * Vec::lanes) : Vec::zero();
-  for (int i = 0; i < count; ++i) {
+  const auto add_row = [&](int i) {
     const Vec w = Vec::set(weights[i]);
     for (int v = 0; v < VECS; ++v)
       acc[v] = fma(w, Vec::load(rows[i] + at + v * Vec::lanes), acc[v]);
-  }
+  };
+  if (count == kAlways)
+    for (int i = 0; i < kAlways; ++i) add_row(i);
+  else
+    for (int i = 0; i < count; ++i) add_row(i);
   if (clamp)
     for (int v = 0; v < VECS; ++v) acc[v] = relu(acc[v]);
   if (STREAM)
@@ -54,46 +60,47 @@ static inline void combine_rows(const Element* const* rows, const float* weights
   (clamp ? relu(acc) : acc).store_part(out + c, n);
 }
 
-// The sites in the window of (y, x): bit dy * window + dx of word 0, or of the words it spills
-// into.
-static inline void window_bits(const FillCall& call, int64_t y, int64_t x, uint64_t* words) {
-  const int window = (int)call.window;
-  for (int i = 0; i < kWindowWords; ++i) words[i] = 0;
-  int at = 0;
-  const uint8_t* row = call.bits + y * call.bits_stride + (x >> 3);
-  for (int dy = 0; dy < window; ++dy, row += call.bits_stride, at += window) {
-    uint64_t bits;
-    __builtin_memcpy(&bits, row, 8);
-    bits = (bits >> (x & 7)) & ((1ull << window) - 1);
-    words[at >> 6] |= bits << (at & 63);
-    if ((at & 63) + window > 64) words[(at >> 6) + 1] |= bits >> (64 - (at & 63));
-  }
+// From a position to its taps; 0 for numbers of none.
+static inline void steps_of(const FillCall& call, int64_t* step) {
+  const int64_t radius = call.window / 2, pitch = tap_pitch(call.window);
+  __builtin_memset(step, 0, sizeof(int64_t) * kMaxTapNumbers);
+  for (int64_t dx = 0; dx < call.window; ++dx)
+    for (int64_t dy = 0; dy < call.window; ++dy)
+      step[dx * pitch + dy] = (dy - radius) * call.width + dx - radius;
 }
 
-// Chooses the sites that count for a hole and their normalised weights; returns how many. The taps
-// of one level share a kernel value, levels descend; `keep` of the first level that holds a site
-// says which taps are not negligible beside it.
+// The sites in the window of a position, and beside it what is in the same words.
 template <int WORDS>
+static inline void window_sites(const FillCall& call, int64_t p, uint64_t* words) {
+  const int64_t y = (uint32_t)p / (uint32_t)call.width, x = p - y * call.width;
+  const int64_t column_bytes = WORDS == 1 ? 1 : 2;
+  __builtin_memcpy(words, call.columns + y * call.columns_stride + x * column_bytes, 8 * WORDS);
+}
+
+// Chooses the sites that count for a position and their normalised weights; returns how many. The
+// taps of one level share a kernel value, levels descend; `keep` of the first level that holds a
+// site says which taps are not negligible beside it.
 static inline int choose_sites(const FillCall& call, const uint64_t* words, int* taps,
                                float* weights) {
   const FillTables& t = *call.tables;
-  const float* row = t.kernel;  // with eps: the kernel itself
-  const uint64_t* keep = t.keep_eps;
-  float total = call.eps;
-  if (call.eps < 0.0f) {
-    int level = 0;
-    for (; level < t.num_levels; ++level) {
-      uint64_t any = 0;
-      for (int w = 0; w < WORDS; ++w) any |= words[w] & t.level[level][w];
-      if (any) break;
-    }
-    if (level == t.num_levels) return 0;
-    keep = t.keep[level];
-    row = t.ratio + level * call.window * call.window;
-    total = 0.0f;
+  int64_t level = 0;
+  for (; level < t.num_levels; ++level) {
+    uint64_t any = 0;
+    for (int w = 0; w < kWindowWords; ++w) any |= words[w] & t.level[level][w];
+    if (any) break;
+  }
+  const float* row = t.ratio + level * tap_numbers(call.window);
+  const uint64_t* keep = t.keep[level];
+  float total = 0.0f;
+  if (level > 0 && call.eps >= 0.0f) {  // the kernel itself
+    row = t.kernel;
+    keep = t.keep_eps;
+    total = call.eps;
+  } else if (level == t.num_levels) {
+    return 0;
   }
   int kept = 0;
-  for (int w = 0; w < WORDS; ++w)
+  for (int w = 0; w < kWindowWords; ++w)
     for (uint64_t left = words[w] & keep[w]; left; left &= left - 1) {
       const int tap = 64 * w + __builtin_ctzll(left);
       taps[kept] = tap;
@@ -135,49 +142,94 @@ static inline void prefetch_row(const void* row, int64_t bytes) {
     __builtin_prefetch((const char*)row + at);
 }
 
-// Returns false when there is nothing to write: a site in its place.
-static inline bool choose_mix(const FillCall& call, const int64_t* step, int64_t p, Mix* mix) {
-  const int64_t radius = call.window / 2;
-  const int center = (int)(radius * call.window + radius);
-  const int64_t y = (uint32_t)p / (uint32_t)call.width;
-  const int64_t x = p - y * call.width;
-  uint64_t words[kWindowWords];
-  window_bits(call, y, x, words);
+static inline void prefetch_written_row(const FillCall& call, int64_t p) {
+  const int64_t size = kUnit > 1 && call.float_output ? sizeof(float) : sizeof(Element);
+  const char* row = (const char*)call.output + p * call.output_stride * size;
+  for (int64_t at = 0; at < call.channels * size && at < kPrefetchedBytes; at += 64)
+    __builtin_prefetch(row + at, 1);
+}
+
+static inline void choose_mix(const FillCall& call, const int64_t* step, int64_t p, Mix* mix) {
+  const int64_t center = call.window / 2 * (tap_pitch(call.window) + 1);
+  const int64_t row_bytes = call.channels * (int64_t)sizeof(Element);
+  uint64_t words[kWindowWords] = {};
+  if (tap_pitch(call.window) == 8)
+    window_sites<1>(call, p, words);
+  else
+    window_sites<kWindowWords>(call, p, words);
   mix->position = p;
   mix->count = 0;
-  if (call.residual)
-    prefetch_row(element_row(call.residual, p * call.residual_stride),
-                 call.channels * (int64_t)sizeof(Element));
-  if (words[center >> 6] >> (center & 63) & 1) {
-    mix->rows[0] = value_row(call, p);
+  if (call.residual) prefetch_row(element_row(call.residual, p * call.residual_stride), row_bytes);
+  int taps[kMaxWindowTaps];
+  if (call.tables) {
+    mix->count = choose_sites(call, words, taps, mix->weights);
+  } else if (words[center >> 6] >> (center & 63) & 1) {
+    taps[0] = (int)center;
     mix->weights[0] = 1.0f;
     mix->count = 1;
-    return mix->rows[0] != element_row(call.output, p * call.output_stride) || call.residual ||
-           call.relu;
   }
-  if (!call.tables) return true;
-  int taps[kMaxWindowTaps];
-  mix->count = call.window <= 8 ? choose_sites<1>(call, words, taps, mix->weights)
-                                : choose_sites<kWindowWords>(call, words, taps, mix->weights);
   for (int t = 0; t < mix->count; ++t) {
     mix->rows[t] = value_row(call, p + step[taps[t]]);
-    prefetch_row(mix->rows[t], call.channels * (int64_t)sizeof(Element));
+    prefetch_row(mix->rows[t], row_bytes);
   }
-  return true;
+}
+
+// The same for some positions of a small window, exact. How many sites count for one differs from
+// position to position, and a jump that nobody can foresee costs more than a row: kAlways sources
+// are always taken, those that are none are rows of zeros.
+static inline void choose_mixes(const FillCall& call, const int64_t* step, const int64_t* positions,
+                                int count, Mix* mixes) {
+  const FillTables& t = *call.tables;
+  const int64_t row_bytes = call.channels * (int64_t)sizeof(Element);
+  const Element* zero_row = element_row(call.zero_row, 0);
+  uint64_t words[kMixesAhead] = {}, kept[kMixesAhead];
+  int64_t level[kMixesAhead];
+  for (int m = 0; m < count; ++m) window_sites<1>(call, positions[m], words + m);
+  first_levels(words, t.level[0], t.keep[0], t.num_levels, kWindowWords, level, kept);
+  for (int m = 0; m < count; ++m) {
+    Mix& mix = mixes[m];
+    const int64_t p = mix.position = positions[m];
+    const float* ratio = t.ratio + level[m] * 64;
+    uint64_t left = kept[m];
+    float total = 0.0f;
+    for (int i = 0; i < kAlways; ++i) {
+      const int tap = __builtin_ctzll(left | 1ull << kNoTap);
+      const Element* row = value_row(call, p + step[tap]);
+      mix.rows[i] = left ? row : zero_row;
+      mix.weights[i] = ratio[tap];
+      total += ratio[tap];
+      left &= left - 1;
+    }
+    mix.count = kAlways;
+    for (; left; left &= left - 1) {
+      const int tap = __builtin_ctzll(left);
+      mix.rows[mix.count] = value_row(call, p + step[tap]);
+      mix.weights[mix.count++] = ratio[tap];
+      total += ratio[tap];
+    }
+    const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+    for (int i = 0; i < mix.count; ++i) mix.weights[i] *= inverse;
+    if (call.residual)
+      prefetch_row(element_row(call.residual, p * call.residual_stride), row_bytes);
+    for (int i = 0; i < mix.count; ++i) prefetch_row(mix.rows[i], row_bytes);
+    if (!call.stream) prefetch_written_row(call, p);
+  }
 }
 
 static void fill(const FillCall& call, int64_t begin, int64_t end) {
-  const int64_t radius = call.window / 2;
-  int64_t step[kMaxWindowTaps];  // from a position to its taps
-  for (int64_t dy = 0; dy < call.window; ++dy)
-    for (int64_t dx = 0; dx < call.window; ++dx)
-      step[dy * call.window + dx] = (dy - radius) * call.width + dx - radius;
+  int64_t step[kMaxTapNumbers];
+  steps_of(call, step);
+  const bool is_small = call.tables && call.eps < 0.0f && tap_pitch(call.window) == 8;
   Mix mixes[kMixesAhead];
-  for (int64_t i = begin; i < end;) {
-    int chosen = 0;
-    for (; chosen < kMixesAhead && i < end; ++i)
-      chosen += choose_mix(call, step, call.positions ? call.positions[i] : i, &mixes[chosen]);
-    for (int m = 0; m < chosen; ++m) {
+  for (int64_t i = begin; i < end; i += kMixesAhead) {
+    const int count = end - i < kMixesAhead ? (int)(end - i) : kMixesAhead;
+    int64_t positions[kMixesAhead];
+    for (int m = 0; m < count; ++m) positions[m] = call.positions ? call.positions[i + m] : i + m;
+    if (is_small)
+      choose_mixes(call, step, positions, count, mixes);
+    else
+      for (int m = 0; m < count; ++m) choose_mix(call, step, positions[m], &mixes[m]);
+    for (int m = 0; m < count; ++m) {
       const Mix& mix = mixes[m];
       const Element* residual =
           call.residual ? element_row(call.residual, mix.position * call.residual_stride) : nullptr;

@@ -77,27 +77,40 @@ struct HeadCall {
   float* output;
   int64_t output_stride;  // >= columns, and >= vector_columns
 };
-// What a hard fill knows of its kernel, made once. Taps are numbered dy * window + dx; a set of
-// taps is kWindowWords words of bits.
-constexpr int kWindowWords = (kMaxWindow * kMaxWindow + 63) / 64;
+// What a hard fill knows of its kernel, made once. Taps are numbered column by column, dx * pitch +
+// dy, where a column takes a byte, or two of a large window: the sites of a window are then read in
+// one load from a map of columns. A set of taps is kWindowWords words of bits.
+static inline int64_t tap_pitch(int64_t window) {
+  return window <= 8 ? 8 : 16;
+}
+// Numbers of taps, in whole words. The last one of a small window is never a tap.
+static inline int64_t tap_numbers(int64_t window) {
+  return (window * tap_pitch(window) + 63) / 64 * 64;
+}
+constexpr int kWindowWords = (kMaxWindow * 16 + 63) / 64;
+constexpr int kMaxTapNumbers = kWindowWords * 64;
+constexpr int kNoTap = 63;
 constexpr float kNegligible = 1.4901161e-8f;  // 2^-26
 // Of bfloat16 rows, whose own rounding is 2^-9.
 constexpr float kNegligibleNarrow = 2.44140625e-4f;  // 2^-12
 struct FillTables {
-  int64_t num_levels;  // distinct kernel values, the largest first; zeros left out
+  // The middle of the window, a site that stays as it is; then the distinct kernel values, the
+  // largest first, zeros left out.
+  int64_t num_levels;
   const uint64_t (*level)[kWindowWords];  // taps of a level
   const uint64_t (*keep)[kWindowWords];   // taps that matter when the level is the best one seen
   const uint64_t* keep_eps;               // taps that matter at all, with eps
-  const float* ratio;                     // num_levels x window^2: kernel[tap] / value of the level
-  const float* kernel;                    // window^2
+  const float* ratio;                     // num_levels x numbers: kernel[tap] / value of the level
+  const float* kernel;                    // numbers
 };
 
 // Fill the holes of one image from the sites in their windows.
 struct FillCall {
   int64_t height, width, channels, window;
-  const uint8_t* bits;  // bit map of the mask: rows of bits_stride bytes, a border of radius
-  int64_t bits_stride;
+  const uint8_t* columns;  // map of columns, see make_column_map
+  int64_t columns_stride;  // bytes
   const FillTables* tables;  // null: holes are zero
+  const void* zero_row;      // channels zeros
   float eps;                 // < 0: exact; otherwise added to the denominator
   const int32_t* positions;  // positions to write; null means all in order
   const void* values;        // rows of the sites

@@ -100,63 +100,77 @@ void run_conv(const KernelTable& table, const ConvCall& call, int64_t num_sites,
   });
 }
 
-int64_t bit_map_stride(int64_t width, int64_t window) {
-  return (width + window) / 8 + 9;
+int64_t column_map_stride(int64_t width, int64_t window) {
+  // A window is read as kWindowWords words from its first column on.
+  return (width + window) * tap_pitch(window) / 8 + 8 * kWindowWords;
 }
 
-int64_t bit_map_size(int64_t height, int64_t width, int64_t window) {
-  return (height + window) * bit_map_stride(width, window);
+int64_t column_map_size(int64_t height, int64_t width, int64_t window) {
+  return height * column_map_stride(width, window);
 }
 
-void make_bit_map(const uint8_t* mask, int64_t height, int64_t width, int64_t window,
-                  uint8_t* bits) {
-  const int64_t radius = window / 2, stride = bit_map_stride(width, window);
-  std::memset(bits, 0, bit_map_size(height, width, window));
+namespace {
+
+template <class Column>
+void fill_columns(const uint8_t* mask, int64_t height, int64_t width, int64_t window,
+                  uint8_t* columns) {
+  const int64_t radius = window / 2, stride = column_map_stride(width, window);
+  std::memset(columns, 0, column_map_size(height, width, window));
   for (int64_t y = 0; y < height; ++y) {
-    uint8_t* row = bits + (y + radius) * stride;
-    const uint8_t* source = mask + y * width;
-    for (int64_t x = 0; x < width; x += 8) {
-      uint64_t bytes = 0;
-      std::memcpy(&bytes, source + x, std::min<int64_t>(8, width - x));
-      // 1 for every byte that is not 0; then the product has them in its top byte, in order.
-      constexpr uint64_t low = 0x7f7f7f7f7f7f7f7f, ones = 0x0101010101010101;
-      bytes = ((((bytes & low) + low) | bytes) >> 7) & ones;
-      const uint64_t bits = bytes * 0x0102040810204080 >> 56 << ((x + radius) & 7);
-      uint8_t* at = row + ((x + radius) >> 3);
-      at[0] |= static_cast<uint8_t>(bits);
-      at[1] |= static_cast<uint8_t>(bits >> 8);
+    auto* row = reinterpret_cast<Column*>(columns + y * stride) + radius;
+    const int64_t first = std::max<int64_t>(0, radius - y);
+    const int64_t last = std::min(window, height + radius - y);
+    for (int64_t dy = first; dy < last; ++dy) {
+      const uint8_t* source = mask + (y + dy - radius) * width;
+      const auto bit = static_cast<Column>(1u << dy);
+      for (int64_t x = 0; x < width; ++x) row[x] |= source[x] ? bit : Column{0};
     }
   }
 }
 
+}  // namespace
+
+void make_column_map(const uint8_t* mask, int64_t height, int64_t width, int64_t window,
+                     uint8_t* columns) {
+  if (tap_pitch(window) == 8)
+    fill_columns<uint8_t>(mask, height, width, window, columns);
+  else
+    fill_columns<uint16_t>(mask, height, width, window, columns);
+}
+
 void OwnedFillTables::build(const float* log_kernel, int64_t window, float negligible) {
-  const int64_t taps = window * window;
+  const int64_t taps = window * window, pitch = tap_pitch(window), numbers = tap_numbers(window);
   std::vector<float> values(log_kernel, log_kernel + taps);
   std::sort(values.begin(), values.end(), std::greater<float>());
   values.erase(std::unique(values.begin(), values.end()), values.end());
   // A kernel value of zero is a site unseen.
   while (!values.empty() && !(values.back() > -std::numeric_limits<float>::infinity()))
     values.pop_back();
-  const int64_t levels = static_cast<int64_t>(values.size());
+  const int64_t levels = static_cast<int64_t>(values.size()) + 1;
   words_.assign((2 * levels + 1) * kWindowWords, 0);
-  numbers_.assign((levels + 1) * taps, 0.0f);
+  numbers_.assign((levels + 1) * numbers, 0.0f);
   auto* words = reinterpret_cast<Words*>(words_.data());
   const auto set = [](uint64_t* set_words, int64_t tap) {
     set_words[tap >> 6] |= 1ull << (tap & 63);
   };
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    for (int64_t l = 0; l < levels; ++l) {
-      if (log_kernel[tap] == values[l]) set(words[l], tap);
-      const float ratio = std::exp(log_kernel[tap] - values[l]);
-      numbers_[l * taps + tap] = ratio;
+  const int64_t middle = window / 2 * pitch + window / 2;
+  set(words[0], middle);
+  set(words[levels], middle);
+  numbers_[middle] = 1.0f;
+  for (int64_t t = 0; t < taps; ++t) {
+    const int64_t tap = t % window * pitch + t / window;
+    for (int64_t l = 1; l < levels; ++l) {
+      if (log_kernel[t] == values[l - 1]) set(words[l], tap);
+      const float ratio = std::exp(log_kernel[t] - values[l - 1]);
+      numbers_[l * numbers + tap] = ratio;
       if (ratio > negligible) set(words[levels + l], tap);
     }
-    numbers_[levels * taps + tap] = std::exp(log_kernel[tap]);
-    if (numbers_[levels * taps + tap] > 0.0f) set(words[2 * levels], tap);
+    numbers_[levels * numbers + tap] = std::exp(log_kernel[t]);
+    if (numbers_[levels * numbers + tap] > 0.0f) set(words[2 * levels], tap);
   }
   tables_ = {levels,          words,
              words + levels,  words[2 * levels],
-             numbers_.data(), numbers_.data() + levels * taps};
+             numbers_.data(), numbers_.data() + levels * numbers};
 }
 
 namespace {
@@ -249,19 +263,22 @@ void hard_fill(const KernelTable& table, const float* features, const uint8_t* m
                const float* log_kernel, int64_t batch, int64_t height, int64_t width,
                int64_t channels, int64_t window, float eps, float* output, int num_threads) {
   const int64_t positions = height * width;
-  uint8_t* bits = thread_scratch().get<uint8_t>(0, bit_map_size(height, width, window));
+  uint8_t* columns = thread_scratch().get<uint8_t>(0, column_map_size(height, width, window));
+  void* zero_row = thread_scratch().get<char>(1, channels * table.element_size);
+  std::memset(zero_row, 0, channels * table.element_size);
   OwnedFillTables tables;
   tables.build(log_kernel, window, kNegligible);
   for (int64_t image = 0; image < batch; ++image) {
-    make_bit_map(mask + image * positions, height, width, window, bits);
+    make_column_map(mask + image * positions, height, width, window, columns);
     FillCall call{};
     call.height = height;
     call.width = width;
     call.channels = channels;
     call.window = window;
-    call.bits = bits;
-    call.bits_stride = bit_map_stride(width, window);
+    call.columns = columns;
+    call.columns_stride = column_map_stride(width, window);
     call.tables = tables.get();
+    call.zero_row = zero_row;
     call.eps = eps;
     call.values = features + image * positions * channels;
     call.values_stride = channels;

@@ -21,6 +21,7 @@ struct Runner : BlockMasks {
   using BlockMasks::BlockMasks;
 
   FillTables tables;  // of the fill in progress
+  char* zero_row = nullptr;
 
   const void* image_of(const void* maps, int64_t elements) const {
     return static_cast<const char*>(maps) + elements * table.element_size;
@@ -30,21 +31,23 @@ struct Runner : BlockMasks {
     const int64_t* fields = mask_spec(m);
     const Mask& mask = masks[m];
     FillCall call{};
+    call.zero_row = zero_row;
     call.height = mask.height;
     call.width = mask.width;
     call.channels = channels;
     call.window = fields[kWindow];
-    call.bits_stride = bit_map_stride(mask.width, call.window);
-    auto* bits = scratch.get<uint8_t>(kBits, bit_map_size(mask.height, mask.width, call.window));
-    make_bit_map(mask.bytes, mask.height, mask.width, call.window, bits);
-    call.bits = bits;
+    call.columns_stride = column_map_stride(mask.width, call.window);
+    auto* columns =
+        scratch.get<uint8_t>(kColumns, column_map_size(mask.height, mask.width, call.window));
+    make_column_map(mask.bytes, mask.height, mask.width, call.window, columns);
+    call.columns = columns;
     if (const int64_t levels = fields[kLevels]) {
       using Words = uint64_t[kWindowWords];
       const auto* words = reinterpret_cast<const Words*>(a.spec + fields[kWords]);
       const float* ratios = a.params + fields[kRatios];
       tables = {levels,         words,
                 words + levels, words[2 * levels],
-                ratios,         ratios + levels * call.window * call.window};
+                ratios,         ratios + levels * tap_numbers(call.window)};
       call.tables = &tables;
     }
     call.eps = fields[kEps] < 0 ? -1.0f : a.params[fields[kEps]];
@@ -232,8 +235,9 @@ struct Runner : BlockMasks {
     const void* input = block_input;
     int64_t height = a.height, width = a.width;
     int64_t widest = 0;
-    for (int64_t s = 0; s < stages; ++s) widest = std::max(widest, stage_spec(s)[kStageIn]);
-    char* zero_row = scratch.get<char>(kZeroRow, widest * table.element_size);
+    for (int64_t s = 0; s < stages; ++s)
+      widest = std::max({widest, stage_spec(s)[kStageIn], stage_spec(s)[kStageOut]});
+    zero_row = scratch.get<char>(kZeroRow, widest * table.element_size);
     std::memset(zero_row, 0, widest * table.element_size);
     bool compact = false;
     for (int64_t s = 0; s < stages; ++s) {

@@ -342,6 +342,31 @@ static inline void stream_vectors(Out* out, const Vec* x) {
   }
 }
 
+// Of 8 words each: the first of `count` sets of bits that it shares one with, or `count`, and its bits
+// that are in the `keep` of that set, or none. Sets lie `stride` words apart.
+static inline void first_levels(const uint64_t* words, const uint64_t* sets, const uint64_t* keep,
+                                int64_t count, int64_t stride, int64_t* level, uint64_t* kept) {
+#if defined(SPARSIGHT_AVX512)
+  const __m512i word = _mm512_loadu_si512(words);
+  __m512i first = _mm512_set1_epi64(count), mask = _mm512_setzero_si512();
+  for (int64_t i = count - 1; i >= 0; --i) {
+    const __mmask8 shares =
+        _mm512_test_epi64_mask(word, _mm512_set1_epi64((long long)sets[i * stride]));
+    first = _mm512_mask_mov_epi64(first, shares, _mm512_set1_epi64(i));
+    mask = _mm512_mask_mov_epi64(mask, shares, _mm512_set1_epi64((long long)keep[i * stride]));
+  }
+  _mm512_storeu_si512(level, first);
+  _mm512_storeu_si512(kept, _mm512_and_si512(word, mask));
+#else
+  for (int m = 0; m < 8; ++m) {
+    int64_t i = 0;
+    while (i < count && !(words[m] & sets[i * stride])) ++i;
+    level[m] = i;
+    kept[m] = i < count ? words[m] & keep[i * stride] : 0;
+  }
+#endif
+}
+
 // Below this the exponential is 0 here: e^-86.5 is 3e-38, and 2^n stays a normal number.
 constexpr float kLeastExponent = -86.5f;
 // e^x for x in [kLeastExponent, 0], 0 at its lower end, anything of NaN; within 2 ULP.
