@@ -11,6 +11,8 @@
 namespace sparsight {
 namespace {
 
+constexpr int64_t kHeadBytes = 192 << 10;  // of the heads' rows that wait for their sums
+
 // Without a stride: the readers' map moved by every tap.
 void mark_windows(const ConvGeometry& next, const Mask& readers, uint8_t* needed) {
   for (int64_t y = 0; y < readers.height; ++y)
@@ -46,28 +48,6 @@ void mark_reads(const ConvGeometry& next, const Mask& readers, uint8_t* needed) 
 
 }  // namespace
 
-// z[p][column] = x[p] . head column; a logit is then a sum of nine shifted columns: a 3x3
-// convolution to one channel read as a GEMM, so that x is streamed once for all the heads of the
-// block.
-const float* BlockMasks::run_heads(const void* x) {
-  bool wanted = false;
-  for (int64_t m = 0; m < a.spec[kNumMasks]; ++m)
-    wanted |= mask_spec(m)[kParent] < 0 && !a.given[m];
-  if (!wanted) return nullptr;
-  HeadCall call{};
-  call.input = x;
-  call.channels = a.spec[kInChannels];
-  call.weight = a.params + a.spec[kHeadWeight];
-  call.columns = a.spec[kHeadCount];
-  call.vector_columns = head_vector_columns(call.columns);
-  call.output_stride = head_stride();
-  float* z = scratch.get<float>(kHeads, a.height * a.width * call.output_stride);
-  call.output = z;
-  parallel_ranges(threads, a.height * a.width,
-                  [&](int64_t begin, int64_t end) { table.heads(call, begin, end); });
-  return z;
-}
-
 int64_t BlockMasks::head_stride() const {
   return std::max(a.spec[kHeadCount], head_vector_columns(a.spec[kHeadCount]));
 }
@@ -83,81 +63,116 @@ float BlockMasks::logit_at(const float* const* rows, int64_t x, int64_t stride) 
   return logit;
 }
 
-bool BlockMasks::threshold(int64_t m, int64_t image, const float* z, float* logits) {
+bool BlockMasks::threshold_row(int64_t m, int64_t image, int64_t y, const float* const* head_rows,
+                               float* row) const {
   const int64_t* fields = mask_spec(m);
-  Mask& mask = masks[m];
-  const int64_t stride_h = fields[kMaskStrideH], stride_w = fields[kMaskStrideW];
-  const int64_t grid = fields[kGridStride], column = fields[kHeadColumn];
+  const Mask& mask = masks[m];
+  const int64_t stride_w = fields[kMaskStrideW], grid = fields[kGridStride];
   const int64_t stride = head_stride();
   const float bias = a.params[fields[kHeadBias]];
-  const float* noise = a.noise[m] + image * mask.height * mask.width;
-  float* outside = scratch.get<float>(kZeroHeads, a.width * stride);
-  std::memset(outside, 0, sizeof(float) * a.width * stride);
-  std::atomic<bool> bad{false};
-  parallel_ranges(threads, mask.height, [&](int64_t begin, int64_t end) {
-    bool nan = false;
-    for (int64_t y = begin; y < end; ++y) {
-      const float* rows[3];
-      for (int64_t ky = 0; ky < 3; ++ky) {
-        const int64_t iy = y * stride_h + ky - 1;
-        rows[ky] = (iy < 0 || iy >= a.height ? outside : z + iy * a.width * stride) + column;
-      }
-      float* row = logits + y * mask.width;
-      for (int64_t x = 0; x < mask.width; ++x) {
-        const int64_t ix = x * stride_w;
-        if (ix == 0 || ix + 1 >= a.width) {
-          row[x] = bias + logit_at(rows, ix, stride);
-          continue;
-        }
-        const float* r0 = rows[0] + (ix - 1) * stride;
-        const float* r1 = rows[1] + (ix - 1) * stride;
-        const float* r2 = rows[2] + (ix - 1) * stride;
-        const float top = r0[0] + r0[stride + 1] + r0[2 * stride + 2];
-        const float middle = r1[3] + r1[stride + 4] + r1[2 * stride + 5];
-        const float bottom = r2[6] + r2[stride + 7] + r2[2 * stride + 8];
-        row[x] = bias + (top + middle + bottom);
-      }
-      const float* noise_row = noise + y * mask.width;
-      uint8_t* bytes = mask.bytes + y * mask.width;
-      for (int64_t x = 0; x < mask.width; ++x) {
-        nan |= row[x] != row[x];
-        bytes[x] = row[x] + noise_row[x] >= 0.0f;
-      }
-      if (grid && y % grid == 0)
-        for (int64_t x = 0; x < mask.width; x += grid) bytes[x] = 1;
+  const float* rows[3];
+  for (int ky = 0; ky < 3; ++ky) rows[ky] = head_rows[ky] + fields[kHeadColumn];
+  for (int64_t x = 0; x < mask.width; ++x) {
+    const int64_t ix = x * stride_w;
+    if (ix == 0 || ix + 1 >= a.width) {
+      row[x] = bias + logit_at(rows, ix, stride);
+      continue;
     }
-    if (nan) bad = true;
+    const float* r0 = rows[0] + (ix - 1) * stride;
+    const float* r1 = rows[1] + (ix - 1) * stride;
+    const float* r2 = rows[2] + (ix - 1) * stride;
+    const float top = r0[0] + r0[stride + 1] + r0[2 * stride + 2];
+    const float middle = r1[3] + r1[stride + 4] + r1[2 * stride + 5];
+    const float bottom = r2[6] + r2[stride + 7] + r2[2 * stride + 8];
+    row[x] = bias + (top + middle + bottom);
+  }
+  const float* noise = a.noise[m] + (image * mask.height + y) * mask.width;
+  uint8_t* bytes = mask.bytes + y * mask.width;
+  bool nan = false;
+  for (int64_t x = 0; x < mask.width; ++x) {
+    nan |= row[x] != row[x];
+    bytes[x] = row[x] + noise[x] >= 0.0f;
+  }
+  if (grid && y % grid == 0)
+    for (int64_t x = 0; x < mask.width; x += grid) bytes[x] = 1;
+  return !nan;
+}
+
+// z[p][column] = x[p] . head column; a logit is then a sum of nine shifted columns: a 3x3
+// convolution to one channel read as a GEMM, so that x is streamed once for all the heads of the
+// block. z is made a few rows at a time: it stays near the core until its sums are taken.
+bool BlockMasks::run_heads(int64_t image, const void* x, float* logits) {
+  HeadCall call{};
+  call.channels = a.spec[kInChannels];
+  call.weight = a.params + a.spec[kHeadWeight];
+  call.columns = a.spec[kHeadCount];
+  call.vector_columns = head_vector_columns(call.columns);
+  call.output_stride = head_stride();
+  const int64_t row = a.width * call.output_stride;
+  const int64_t step = std::max<int64_t>(1, kHeadBytes / (row * int64_t{sizeof(float)}) - 2);
+  float* outside = scratch.get<float>(kZeroHeads, row);
+  std::memset(outside, 0, sizeof(float) * row);
+  std::atomic<bool> bad{false};
+  parallel_ranges(threads, a.height, [&](int64_t begin, int64_t end) {
+    float* z = thread_scratch().get<float>(kHeads, (std::min(step, end - begin) + 2) * row);
+    bool finite = true;
+    int64_t done = std::max<int64_t>(0, begin - 1);  // rows before this one need no more
+    for (int64_t from = begin; from < end; from += step) {
+      const int64_t to = std::min(end, from + step), last = std::min(a.height, to + 1);
+      // The buffer begins with row from - 1. Two rows are there already.
+      if (from > begin) std::memmove(z, z + step * row, sizeof(float) * 2 * row);
+      HeadCall part = call;
+      part.input = static_cast<const char*>(x) + done * a.width * call.channels * table.element_size;
+      part.output = z + (done - (from - 1)) * row;
+      table.heads(part, 0, (last - done) * a.width);
+      done = last;
+      float* of_mask = logits;
+      for (int64_t m = 0; m < a.spec[kNumMasks]; ++m) {
+        const Mask& mask = masks[m];
+        const int64_t stride = mask_spec(m)[kMaskStrideH];
+        if (mask_spec(m)[kParent] < 0 && !a.given[m])
+          for (int64_t y = (from + stride - 1) / stride; y < mask.height && y * stride < to; ++y) {
+            const float* rows[3];
+            for (int64_t ky = 0; ky < 3; ++ky) {
+              const int64_t iy = y * stride + ky - 1;
+              rows[ky] = iy < 0 || iy >= a.height ? outside : z + (iy - (from - 1)) * row;
+            }
+            finite &= threshold_row(m, image, y, rows, of_mask + y * mask.width);
+          }
+        of_mask += mask.height * mask.width;
+      }
+    }
+    if (!finite) bad = true;
   });
   return !bad;
 }
 
 bool BlockMasks::decide(int64_t image, const void* x) {
-  const float* z = run_heads(x);
   uint8_t* bytes = a.masks + image * mask_positions;
-  float* logits = a.logits + image * mask_positions;
   int32_t* sites = scratch.get<int32_t>(kSites, mask_positions + 1);
-  bool finite = true;
+  bool has_heads = false;
+  for (int64_t m = 0; m < a.spec[kNumMasks]; ++m) {
+    masks[m].bytes = bytes;
+    masks[m].sites = sites;
+    bytes += masks[m].height * masks[m].width;
+    sites += masks[m].height * masks[m].width;
+    has_heads |= mask_spec(m)[kParent] < 0 && !a.given[m];
+  }
+  const bool finite = !has_heads || run_heads(image, x, a.logits + image * mask_positions);
   for (int64_t m = 0; m < a.spec[kNumMasks]; ++m) {
     Mask& mask = masks[m];
     const int64_t positions = mask.height * mask.width;
-    mask.bytes = bytes;
-    mask.sites = sites;
     const int64_t* fields = mask_spec(m);
     if (fields[kParent] >= 0) {
       const Mask& parent = masks[fields[kParent]];
       for (int64_t y = 0; y < mask.height; ++y)
         for (int64_t px = 0; px < mask.width; ++px)
-          bytes[y * mask.width + px] =
+          mask.bytes[y * mask.width + px] =
               parent.bytes[y * fields[kMaskStrideH] * parent.width + px * fields[kMaskStrideW]];
     } else if (a.given[m]) {
-      std::memcpy(bytes, a.given[m] + image * positions, positions);
-    } else {
-      finite &= threshold(m, image, z, logits);
+      std::memcpy(mask.bytes, a.given[m] + image * positions, positions);
     }
-    mask.count = list_sites(bytes, positions, sites);
-    bytes += positions;
-    logits += positions;
-    sites += positions;
+    mask.count = list_sites(mask.bytes, positions, mask.sites);
   }
   return finite;
 }

@@ -100,10 +100,12 @@ struct BlockMasks {
   int64_t all_holes(int64_t m, int32_t* holes);
 
  private:
-  const float* run_heads(const void* x);
+  // Makes the masks that have heads. Returns false when a logit is NaN.
+  bool run_heads(int64_t image, const void* x, float* logits);
   int64_t head_stride() const;
   float logit_at(const float* const* rows, int64_t x, int64_t stride) const;
-  bool threshold(int64_t m, int64_t image, const float* z, float* logits);
+  bool threshold_row(int64_t m, int64_t image, int64_t y, const float* const* head_rows,
+                     float* row) const;
 };
 
 }  // namespace sparsight
