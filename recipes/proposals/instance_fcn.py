@@ -53,6 +53,7 @@ def instance_fcn(
     optimizer: Literal["sgd", "adamw"] = "sgd",
     lr: float = 1e-3,
     mask_weight: float = 1.0,
+    mask_target: Literal["binary", "share"] = "binary",
     scalar_lr_factor: float = 1.0,
     gradient_clip: float = 35.0,
     seed: int = 0,
@@ -108,6 +109,8 @@ def instance_fcn(
         optimizer: "sgd" as published; "adamw" for short runs from random weights.
         lr: peak learning rate; 1e-3 as published, which falls to a tenth after four fifths.
         mask_weight: of the masks' loss beside that of objectness.
+        mask_target: what a cell of a mask is told: "binary" whether half of it is the object's,
+            "share" how much of it is, which gives back finer outlines.
         scalar_lr_factor: learning rate of the samplers' biases and interpolation widths over that
             of the rest; 10 suits short runs.
         gradient_clip: largest norm of a step's gradient.
@@ -201,6 +204,7 @@ def instance_fcn(
         network = convert(dense, architecture)
     proposer: Any = network
     proposer.rule = WindowRule(positive_octaves=positive_octaves)
+    proposer.mask_target = mask_target
     task = ProposalTask(
         network,
         architecture,

@@ -311,6 +311,7 @@ def test_it_learns_the_masks_of_one_image():
         ({"min_size": 4}, "min_size=4; at least 8"),
         ({"max_size": 500}, "max_size=500; at least 600"),
         ({"normalize": "sum"}, "normalize='sum'; one of pixels, windows, none"),
+        ({"mask_target": "soft"}, "mask_target='soft'; one of binary, share"),
         ({"backbone": "resnet9"}, "instance_fcn: backbone='resnet9'"),
         ({"backbone": nn.Identity()}, "instance_fcn: backbone Identity has no out_channels"),
     ],

@@ -107,3 +107,27 @@ def test_gradients_reach_both_branches(case):
     assert (objectness.grad != 0).sum() == 4
     assert score_maps.grad[:, 1, 2].count_nonzero() == 1  # the centre reads one map only
     assert score_maps.grad.count_nonzero() > 8
+
+
+def test_a_cell_may_be_told_how_much_of_it_is_the_objects():
+    masks = torch.zeros(1, 16, 24, dtype=torch.bool)
+    masks[0, 2:12, 4:16] = True
+    share = mask_cells(masks, size=(16, 24), map_size=(2, 3), target="share")
+    assert torch.allclose(share[0], torch.tensor([[3 / 8, 6 / 8, 0], [2 / 8, 4 / 8, 0]]))
+    binary = mask_cells(masks, size=(16, 24), map_size=(2, 3))
+    assert torch.equal(binary, (share >= 0.5).float())
+
+
+def test_the_loss_is_least_at_the_targets_asked_for(case):
+    sample, score_maps, objectness, masks = case
+    masks = masks.clone()
+    masks[0, :, 13:16] = False  # three of eight columns
+    for target in ("binary", "share"):
+        sums = LossSums.nothing(objectness)
+        x = score_maps.clone().requires_grad_()
+        sums.add(x, objectness, sample, masks, size=(24, 32), window=3, target=target)
+        cells = mask_cells(masks, size=(24, 32), map_size=(3, 4), target=target)
+        (grad,) = torch.autograd.grad(sums.mask, x)
+        # Cell (0, 1) of the first window, right of its centre: k = m = 3, so one channel, bin 5.
+        expected = 2 * (torch.sigmoid(score_maps[5, 0, 1]) - cells[0, 0, 1])
+        assert torch.allclose(grad[5, 0, 1], expected, atol=1e-6)

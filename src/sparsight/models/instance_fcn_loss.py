@@ -18,28 +18,38 @@ from sparsight.ops import assemble_windows, windows_inside
 
 Normalize = Literal["pixels", "windows", "none"]
 NORMALIZATIONS = get_args(Normalize)
+MaskTarget = Literal["binary", "share"]
+MASK_TARGETS = get_args(MaskTarget)
 
 
 def mask_cells(
-    masks: Tensor, *, size: tuple[int, int], map_size: tuple[int, int], stride: int = 8
+    masks: Tensor,
+    *,
+    size: tuple[int, int],
+    map_size: tuple[int, int],
+    stride: int = 8,
+    target: MaskTarget = "binary",
 ) -> Tensor:
-    """Return which cells of a map belong to each object: those covered by half or more.
+    """Return how much of each cell of a map belongs to each object.
 
     Args:
         masks: (N, H, W) bool or integer of 0 and 1, of the image as it is.
         size: height and width in pixels that the image was resized to.
         map_size: height and width of the map, in cells; what lies beyond the image is no object.
         stride: pixels a cell.
+        target: "binary": 1 for cells that are covered by half or more, 0 for others. "share": the
+            covered share.
 
     Returns:
-        (N, h, w) float32 of 0 and 1.
+        (N, h, w) float32 in [0, 1].
     """
     x = F.interpolate(
         masks[:, None].float(), size=size, mode="bilinear", align_corners=False, antialias=True
     )
     height, width = (cells * stride for cells in map_size)
     x = F.pad(x, (0, width - size[1], 0, height - size[0]))
-    return (F.avg_pool2d(x, stride)[:, 0] >= 0.5).float()
+    share = F.avg_pool2d(x, stride)[:, 0]
+    return (share >= 0.5).float() if target == "binary" else share
 
 
 @dataclass
@@ -75,6 +85,7 @@ class LossSums:
         *,
         size: tuple[int, int],
         window: int,
+        target: MaskTarget = "binary",
     ) -> None:
         """Add one image.
 
@@ -85,6 +96,7 @@ class LossSums:
             masks: (N, H, W), the objects that its `owner` counts.
             size: height and width in pixels that the image was resized to.
             window: m.
+            target: see `mask_cells`.
         """
         logits = objectness[sample.cells[:, 0], sample.cells[:, 1]].float()
         each = F.binary_cross_entropy_with_logits(
@@ -98,7 +110,7 @@ class LossSums:
         weight = sample.weight[chosen][:, None, None]
         owners, which = sample.owner[chosen].unique(return_inverse=True)
         map_size = objectness.shape[0], objectness.shape[1]
-        cells = mask_cells(masks[owners], size=size, map_size=map_size)
+        cells = mask_cells(masks[owners], size=size, map_size=map_size, target=target)
         # One map for each object, and one bin: the target is cut out as the windows are.
         wanted = assemble_windows(
             cells[:, None], corner_windows(sample.cells[chosen], which, size=window), size=window
