@@ -17,6 +17,7 @@
 #include "buffers.h"
 #include "deform_conv.h"
 #include "kernels.h"
+#include "merge_operator.h"
 #include "operators.h"
 #include "pack.h"
 #include "pool_operators.h"
@@ -318,6 +319,28 @@ NB_MODULE(_kernels, m) {
           nb::gil_scoped_release release;
           soft_pool_backward(table, arrays, ptr<const void>(grad), detached, ptr<void>(grad_input),
                              num_threads);
+        });
+  m.attr("MAX_MERGED") = kMaxMerged;
+  // numbers: batch, height, width, sums, resizing, then channels, height, width of each source.
+  m.def("merge_maps",
+        [](const std::vector<uintptr_t>& maps, const std::vector<int64_t>& numbers,
+           uintptr_t output, bool is_bfloat16, const std::string& isa, int num_threads) {
+          if (numbers.size() != 5 + 3 * maps.size()) throw std::invalid_argument("3 numbers a map");
+          const KernelTable& table = table_for_maps(is_bfloat16, isa);
+          MergeArrays a{};
+          a.batch = numbers[0];
+          a.height = numbers[1];
+          a.width = numbers[2];
+          a.sums = numbers[3] != 0;
+          a.resizing = static_cast<Resizing>(numbers[4]);
+          for (size_t i = 0; i < maps.size(); ++i) {
+            a.inputs.push_back(ptr<const void>(maps[i]));
+            a.channels.push_back(numbers[5 + 3 * i]);
+            a.heights.push_back(numbers[6 + 3 * i]);
+            a.widths.push_back(numbers[7 + 3 * i]);
+          }
+          nb::gil_scoped_release release;
+          merge_all(table, a, ptr<void>(output), num_threads);
         });
   m.def("assemble", [](uintptr_t maps, uintptr_t windows, uintptr_t output,
                        std::vector<int64_t> numbers, int64_t element_size, int num_threads) {

@@ -122,7 +122,8 @@ bool BlockMasks::run_heads(int64_t image, const void* x, float* logits) {
       // The buffer begins with row from - 1. Two rows are there already.
       if (from > begin) std::memmove(z, z + step * row, sizeof(float) * 2 * row);
       HeadCall part = call;
-      part.input = static_cast<const char*>(x) + done * a.width * call.channels * table.element_size;
+      part.input =
+          static_cast<const char*>(x) + done * a.width * call.channels * table.element_size;
       part.output = z + (done - (from - 1)) * row;
       table.heads(part, 0, (last - done) * a.width);
       done = last;

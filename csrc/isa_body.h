@@ -16,6 +16,7 @@ namespace SPARSIGHT_ISA {
 #include "interpolate.h"
 #include "heads.h"
 #include "max_pool.h"
+#include "merge_maps.h"
 #include "soft_interpolate.h"
 #include "softpool.h"
 
@@ -32,6 +33,7 @@ static const KernelTable table = {
     heads,
     fill,
     max_rows,
+    merge_maps,
     soft_fill,
     soft_fill_backward_rows,
     soft_fill_backward_sites,

@@ -107,8 +107,8 @@ struct FillTables {
 // Fill the holes of one image from the sites in their windows.
 struct FillCall {
   int64_t height, width, channels, window;
-  const uint8_t* columns;  // map of columns, see make_column_map
-  int64_t columns_stride;  // bytes
+  const uint8_t* columns;    // map of columns, see make_column_map
+  int64_t columns_stride;    // bytes
   const FillTables* tables;  // null: holes are zero
   const void* zero_row;      // channels zeros
   float eps;                 // < 0: exact; otherwise added to the denominator
@@ -187,6 +187,28 @@ struct SoftPoolCall {
   float* scratch;  // rows backward: sums, where elements are narrow; planes: see pool_operators.cpp
 };
 
+// Maps joined into one, of one image; see merge_maps.h.
+constexpr int kMaxMerged = 16;
+struct MergeTap {
+  int32_t near, far;  // rows, or columns, of a source
+  float far_weight;
+};
+struct MergeSource {
+  const void* input;  // dense rows
+  int64_t channels, height, width;
+  const MergeTap* rows;     // of each row of the output
+  const MergeTap* columns;  // of each column of the output
+  bool is_mixed;            // four positions are mixed; else the near one is copied
+};
+struct MergeCall {
+  const MergeSource* sources;
+  int64_t num_sources;
+  int64_t sources_per_segment;  // 1: side by side; all: summed, at most kMaxMerged
+  int64_t width, channels;      // of the output
+  void* output;
+  bool stream;  // write past the caches: segments are whole lines of 64 bytes
+};
+
 struct KernelTable {
   const char* name;
   int64_t element_size;  // bytes of an element of a map
@@ -200,6 +222,7 @@ struct KernelTable {
   // Largest of `count` rows, channel by channel; float_output as in ConvCall.
   void (*max_rows)(const void* const* rows, int count, int64_t channels, void* out,
                    bool float_output);
+  void (*merge)(const MergeCall&, int64_t row_begin, int64_t row_end);
   void (*soft_fill)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
   void (*soft_fill_backward_rows)(const SoftFillCall&, int64_t row_begin, int64_t row_end);
   void (*soft_fill_backward_sites)(const SoftFillCall&, int64_t row_begin, int64_t row_end);

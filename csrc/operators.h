@@ -31,9 +31,9 @@ int64_t list_sites_and_holes(const uint8_t* mask, int64_t count, int32_t* index)
 // Runs one convolution over `num_sites` sites, split over sites or over panels.
 void run_conv(const KernelTable& table, const ConvCall& call, int64_t num_sites, int num_threads);
 
-// For `fill`, of every position the mask in the column of its window: bit dy of a byte, of two bytes
-// where tap_pitch says so, is the position dy - radius below. Rows have a border of radius left and
-// right, and are stride bytes long.
+// For `fill`, of every position the mask in the column of its window: bit dy of a byte, of two
+// bytes where tap_pitch says so, is the position dy - radius below. Rows have a border of radius
+// left and right, and are stride bytes long.
 int64_t column_map_stride(int64_t width, int64_t window);
 int64_t column_map_size(int64_t height, int64_t width, int64_t window);
 void make_column_map(const uint8_t* mask, int64_t height, int64_t width, int64_t window,

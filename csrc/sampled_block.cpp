@@ -309,8 +309,7 @@ struct Runner : BlockMasks {
         fill.output_stride = stage[kStageOut];
         fill.relu = a.spec[kReluOut];
         fill.float_output = a.float_output;
-        fill.stream =
-            streams(image_output, map * output_size, stage[kStageOut] * output_size);
+        fill.stream = streams(image_output, map * output_size, stage[kStageOut] * output_size);
         parallel_ranges(threads, mask.height * mask.width,
                         [&](int64_t begin, int64_t end) { table.fill(fill, begin, end); });
         return;

@@ -342,8 +342,8 @@ static inline void stream_vectors(Out* out, const Vec* x) {
   }
 }
 
-// Of 8 words each: the first of `count` sets of bits that it shares one with, or `count`, and its bits
-// that are in the `keep` of that set, or none. Sets lie `stride` words apart.
+// Of 8 words each: the first of `count` sets of bits that it shares one with, or `count`, and its
+// bits that are in the `keep` of that set, or none. Sets lie `stride` words apart.
 static inline void first_levels(const uint64_t* words, const uint64_t* sets, const uint64_t* keep,
                                 int64_t count, int64_t stride, int64_t* level, uint64_t* kept) {
 #if defined(SPARSIGHT_AVX512)

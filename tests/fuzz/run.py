@@ -4,15 +4,16 @@
     python tests/fuzz/run.py --cases 100000 --seed 7   the long run, by hand
     python tests/fuzz/run.py --case 4711               one case again
 
-Case number n is a convolution, an interpolation, a block (deformable or not), a pooling or an
-assembling of windows, drawn from (seed, n) alone: shape, stride, dilation, groups, density, layout
-and alignment of the inputs; of a pooling (forward and backward) also rank, padding, ceil_mode,
-infinities and NaN; of an assembling (forward, exact, and backward) also the windows, inside, across
-and outside of the map, and any dtype. Every instruction set of this machine runs it on one thread,
-within the bound of the table in tests/ops/conftest.py, and on two threads, bit for bit the same.
-Outputs start as NaN between guards. Where the CPU has bfloat16 instructions, cases are also
-bfloat16 blocks, half of them of whole numbers that must be exact, and bfloat16 weights read back
-from a packed convolution; poolings run in bfloat16, too. Exits with 1 at the first miss.
+Case number n is a convolution, an interpolation, a block (deformable or not), a pooling, an
+assembling of windows or a merging of maps, drawn from (seed, n) alone: shape, stride, dilation,
+groups, density, layout and alignment of the inputs; of a pooling (forward and backward) also rank,
+padding, ceil_mode, infinities and NaN; of an assembling (forward, exact, and backward) also the
+windows, inside, across and outside of the map, and any dtype. Every instruction set of this machine
+runs it on one thread, within the bound of the table in tests/ops/conftest.py, and on two threads,
+bit for bit the same. Outputs start as NaN between guards. Where the CPU has bfloat16 instructions,
+cases are also bfloat16 blocks, half of them of whole numbers that must be exact, and bfloat16
+weights read back from a packed convolution; poolings run in bfloat16, too. Exits with 1 at the
+first miss.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import torch
 from torch import nn
@@ -38,6 +40,7 @@ from sparsight.nn import (
 )
 from sparsight.nn.frozen_block import FrozenBlock
 from sparsight.ops import assemble_reference, assemble_windows, cpu, pool_reference, reference
+from sparsight.ops.merge import Resizing, merge_maps_plain
 
 TESTS = Path(__file__).resolve().parents[1]
 MARGIN = 256  # numbers on each side of a guarded map
@@ -423,12 +426,62 @@ def fuzz_assembling(draw) -> str:
     return "assembling"
 
 
+def fuzz_merging(draw) -> str:
+    """Maps of any sizes merged: every instruction set, and bfloat16 where the CPU has it."""
+    num_maps, batch = draw.one_of(*range(1, 6)), draw.one_of(1, 1, 2, 3)
+    sums = draw.one_of(False, True)
+    resizing = draw.one_of("nearest", "bilinear", "bilinear_corners")
+    widths = (1, 3, 8, 16, 17, 31, 32, 48, 64, 96, 100)
+    channels = [draw.one_of(*widths) for _ in range(num_maps)]
+    channels = channels[:1] * num_maps if sums else channels
+    sides = (1, 2, 3, 4, 5, 7, 8, 12, 19)
+    sizes = [(draw.one_of(*sides), draw.one_of(*sides)) for _ in range(num_maps + 1)]
+    size = draw.one_of(sizes[0], sizes[-1])
+    layouts = [draw.one_of(*shared.LAYOUTS) for _ in range(num_maps)]
+    maps = [
+        shared.LAYOUTS[layout](draw.normal(batch, c, *s))
+        for layout, c, s in zip(layouts, channels, sizes, strict=False)
+    ]
+    merging = "sum" if sums else "concatenate"
+    note = f"{channels} of {sizes}, batch {batch}, {merging}, {resizing}, {layouts}"
+    number = get_args(Resizing).index(resizing)
+    kinds = [(isa, torch.float32) for isa in cpu.available_isas()]
+    kinds += [("auto", torch.bfloat16)] if cpu.has_bfloat16() else []
+    for isa, dtype in kinds:
+        given = [x.to(dtype) for x in maps]
+        truth = merge_maps_plain(
+            [x.double() for x in given], merging=merging, resizing=resizing, size=size
+        )
+        made = []
+        for num_threads in (1, 2):
+            out = guarded_map(truth.shape, dtype, torch.channels_last)
+            options = {"isa": isa, "num_threads": num_threads}
+            cpu.merge_maps(given, size, sums, number, **options, out=out)
+            assert is_beside_intact(out), f"written beside the output: {isa}, {note}"
+            made.append(out)
+        # Positions are chosen in float32: where one lies at a whole number it may be one ulp off.
+        largest = num_maps * max(float(x.abs().max()) for x in given)
+        bound = 64 * shared.ULP * largest + torch.finfo(dtype).eps / 2 * truth.abs()
+        off = (made[0].double() - truth).abs()
+        is_within = bool((off <= bound + (0 if dtype == torch.float32 else 1e-6)).all())
+        assert is_within, f"merge_maps, over its bound by {(off - bound).max()}: {isa}, {note}"
+        check_same(*made, f"{isa}, {note}")
+    return "merging"
+
+
 def check_same(one: torch.Tensor, two: torch.Tensor, note: str) -> None:
     """Raise AssertionError unless one and two threads agree bit for bit."""
     assert torch.equal(one, two), f"two threads differ from one: {note}"
 
 
-KINDS = (fuzz_convolution, fuzz_interpolation, fuzz_block, fuzz_pooling, fuzz_assembling)
+KINDS = (
+    fuzz_convolution,
+    fuzz_interpolation,
+    fuzz_block,
+    fuzz_pooling,
+    fuzz_assembling,
+    fuzz_merging,
+)
 NARROW_KINDS = (fuzz_narrow_block, fuzz_narrow_weights)
 
 

@@ -15,8 +15,8 @@ SPEC.loader.exec_module(run)
 
 
 def test_every_kind_is_drawn_and_passes():
-    kinds = {run.run_case(1, number) for number in range(16)}
-    expected = {"convolution", "interpolation", "block", "pooling", "assembling"}
+    kinds = {run.run_case(1, number) for number in range(24)}
+    expected = {"convolution", "interpolation", "block", "pooling", "assembling", "merging"}
     if cpu.has_bfloat16():
         expected |= {"bfloat16 block", "bfloat16 weight"}
     assert kinds == expected
@@ -39,6 +39,7 @@ def test_a_number_is_always_the_same_case():
         "soft_pool_backward",
         "assemble_windows",
         "assemble_windows_backward",
+        "merge_maps",
     ],
 )
 def test_one_wrong_element_is_a_miss(kernel, monkeypatch):

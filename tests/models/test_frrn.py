@@ -119,13 +119,14 @@ def test_what_is_missing_to_a_multiple_repeats_the_last_row_and_column():
 
 
 def test_unpooling_has_the_grid_that_was_asked_for():
-    from sparsight.models.frrn import _unpool
+    from sparsight.models.frrn import _unpool_as_theano
 
     x = torch.tensor([[[[1.0, 2.0], [3.0, 7.0]]]])
     # out[2i] = x[i], out[2i + 1] = (x[i] + x[i + 1]) / 2, the last one repeated
     expected = [[1, 1.5, 2, 2], [2, 3.25, 4.5, 4.5], [3, 5, 7, 7], [3, 5, 7, 7]]
-    assert torch.equal(_unpool(x, "theano")[0, 0], torch.tensor(expected))
-    assert _unpool(x, "half_pixel")[0, 0, 0].tolist() == [1, 1.25, 1.75, 2]
+    assert torch.equal(_unpool_as_theano(x)[0, 0], torch.tensor(expected))
+    merged = frrn_a(2, channels=2).merge(x, torch.zeros(1, 1, 4, 4))
+    assert merged[0, 0, 0].tolist() == [1, 1.25, 1.75, 2]
     image = torch.randn(1, 3, 32, 32)
     half, theano = drawn(), drawn(unpooling="theano")
     with torch.no_grad():

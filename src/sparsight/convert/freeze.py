@@ -19,6 +19,7 @@ from sparsight.nn.frozen_block import Form, FrozenBlock, refusal
 from sparsight.nn.frozen_conv import FrozenConv2d, refusal_of_conv, refusal_of_pool
 from sparsight.nn.frozen_gated import FrozenGatedLayer, is_gated, refusal_of_gates
 from sparsight.nn.frozen_sampler import FrozenSampler
+from sparsight.nn.merge_maps import FrozenMergeMaps, MergeMaps
 from sparsight.nn.sampled_block import SampledBlock
 from sparsight.nn.sampled_conv import SampledConv2d
 from sparsight.ops import cpu
@@ -125,6 +126,14 @@ def freeze(
     }
     frozen, kept = _freeze_sampled(frozen, forms, dtype)
     frozen = _freeze_dense(frozen, kept, example, dtype)
+    frozen = _replace(
+        frozen,
+        {
+            module: FrozenMergeMaps(module.merging, resizing=module.resizing).eval()
+            for module in frozen.modules()
+            if type(module) is MergeMaps and not has_hooks(module)
+        },
+    )
     put_channels_last(frozen)
     if dtype == torch.bfloat16:
         keep_maps_narrow(frozen, example)

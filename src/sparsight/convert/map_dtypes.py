@@ -30,6 +30,7 @@ _PASSES = {
     _aten.max_pool2d_with_indices,
     _aten.relu,
     _aten.relu_,
+    torch.ops.sparsight.merge_maps,
     torch.ops.sparsight.soft_pool,
 }
 # So do these modules, whatever operators they are made of.

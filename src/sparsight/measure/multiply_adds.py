@@ -21,6 +21,7 @@ aten = torch.ops.aten
 FREE_SPARSIGHT_OPERATORS = {
     "assemble_windows",
     "assemble_windows_backward",
+    "merge_maps",
     "sites_from_mask",
     "soft_pool",
     "soft_pool_backward",

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsight.nn.conv_pair import ConvPair
+from sparsight.nn.merge_maps import MergeMaps
 
 Unpooling = Literal["half_pixel", "theano"]
 
@@ -55,18 +55,19 @@ class FullResolutionUnit(nn.Module):
             is_activated=True,
         )
         self.residual = nn.Conv2d(channels, residual_channels, 1)
+        self.merge = MergeMaps("concatenate")
 
     def forward(self, pooling: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return the new pooling stream, and what is to be added to the residual stream.
 
         Args:
-            pooling: (B, C, h, w), the pooling stream.
+            pooling: (B, C, h, w), the pooling stream; of another size, it is resized bilinearly.
             residual: (B, R, h, w), the residual stream, max-pooled to the same size.
 
         Returns:
             (B, channels, h, w) and (B, R, h, w).
         """
-        pooling = self.body(torch.cat([pooling, residual], 1))
+        pooling = self.body(self.merge(pooling, residual))
         return pooling, self.residual(pooling)
 
 
@@ -136,6 +137,8 @@ class FRRN(nn.Module):
             *(ConvPair(channels, channels, norm=_norm) for _ in range(2)),
         )
         self.classifier = nn.Conv2d(channels, num_classes, 1)
+        self.merge = MergeMaps("concatenate")
+        self.add = MergeMaps("sum", resizing="nearest")
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
@@ -177,14 +180,17 @@ class FRRN(nn.Module):
         # versions at finer scales do not have yet.
         _, added = scales.pop()
         for stage in self.decoder.children():
-            pooling = _unpool(pooling, self.unpooling)
-            coarse = F.interpolate(added, scale_factor=2.0, mode="nearest")
-            pooled, added = scales.pop()
-            pooling, _, added = _run(stage, pooling, pooled + coarse, added + coarse)
-        residual = residual + F.interpolate(added, scale_factor=2.0, mode="nearest")
-        merged = torch.cat([_unpool(pooling, self.unpooling), residual], 1)
+            pooling = self._unpooled(pooling)
+            pooled, finer = scales.pop()
+            pooled, added = self.add(pooled, added), self.add(finer, added)
+            pooling, _, added = _run(stage, pooling, pooled, added)
+        merged = self.merge(self._unpooled(pooling), self.add(residual, added))
         logits = self.classifier(self.exit(merged))
         return {"out": logits[..., :height, :width]}
+
+    def _unpooled(self, x: Tensor) -> Tensor:
+        """The pooling stream for the next finer scale; on torch's grid, merging resizes it."""
+        return x if self.unpooling == "half_pixel" else _unpool_as_theano(x)
 
 
 def _run(
@@ -199,10 +205,8 @@ def _run(
     return pooling, pooled, added
 
 
-def _unpool(x: Tensor, mode: Unpooling) -> Tensor:
+def _unpool_as_theano(x: Tensor) -> Tensor:
     """Double the resolution, bilinearly."""
-    if mode == "half_pixel":
-        return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
     # out[2i] = x[i], out[2i + 1] = (x[i] + x[i + 1]) / 2, the last row and column repeated: with
     # one more of each, that is a grid from corner to corner.
     height, width = x.shape[-2:]

@@ -17,6 +17,7 @@ from sparsight.models.backbone_stages import TIMM, stages_of
 from sparsight.models.mobilenet_stages import MobileNetV2Stages
 from sparsight.models.resnet_stages import probe_stages
 from sparsight.nn.conv_pair import ConvPair
+from sparsight.nn.merge_maps import MergeMaps
 
 BackboneName = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d"
@@ -154,7 +155,7 @@ class RefineBlock(nn.Module):
             activation=activation,
         )
         self.output = _residual_units(self.out_channels, num_units[1])
-        self.align_corners = align_corners
+        self.merge = MergeMaps("sum", resizing="bilinear_corners" if align_corners else "bilinear")
 
     def forward(self, stages: Sequence[Tensor], coarse: Tensor | None) -> Tensor:
         """Refine.
@@ -174,13 +175,8 @@ class RefineBlock(nn.Module):
             paths.append(coarse)
         if len(paths) == 1:
             return self.output(self.pooling(paths[0]))
-        size = (max(x.shape[-2] for x in paths), max(x.shape[-1] for x in paths))
-        fused: Tensor | None = None
-        for fuse, path in zip(self.fusions, paths, strict=True):
-            x = _resized(fuse(path), size, align_corners=self.align_corners)
-            fused = x if fused is None else fused + x
-        assert fused is not None
-        return self.output(self.pooling(fused))
+        fused = [fuse(path) for fuse, path in zip(self.fusions, paths, strict=True)]
+        return self.output(self.pooling(self.merge(*fused)))
 
     def convs_to_sample(self) -> list[str]:
         """Names of the convolutions that `sparsify` samples by default, pooling's aside: all."""
@@ -190,12 +186,6 @@ class RefineBlock(nn.Module):
             for i, conv in enumerate(getattr(self, kind))
             if isinstance(conv, nn.Conv2d)
         ]
-
-
-def _resized(x: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
-    if tuple(x.shape[-2:]) == size:
-        return x
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
 
 
 class RefineNet(nn.Module):
@@ -266,7 +256,9 @@ class RefineNet(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.classifier = nn.Conv2d(blocks[-1].out_channels, num_classes, 3, padding=1)
         self.num_classes = num_classes
-        self.align_corners = align_corners
+        self.resize = MergeMaps(
+            "concatenate", resizing="bilinear_corners" if align_corners else "bilinear"
+        )
         for part in (self.blocks, self.classifier):
             for module in part.modules():
                 if isinstance(module, nn.Conv2d):
@@ -300,13 +292,13 @@ class RefineNet(nn.Module):
             x = block([of_scale[i] for i in group for of_scale in maps], x)
         assert x is not None
         logits = self.classifier(self.drop(x))
-        return {"out": _resized(logits, size, align_corners=self.align_corners)}
+        return {"out": self.resize(logits, size=size)}
 
     def _stages(self, backbone: nn.Module, image: Tensor, scale: float) -> list[Tensor]:
         """The maps of one backbone, coarsest first."""
         if scale != 1.0:
             sides = [max(1, round(side * scale)) for side in image.shape[-2:]]
-            image = _resized(image, (sides[0], sides[1]), align_corners=self.align_corners)
+            image = self.resize(image, size=(sides[0], sides[1]))
         coarsest_first = reversed(backbone(image))
         return [drop(x) for drop, x in zip(self.drops, coarsest_first, strict=True)]
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Literal, get_args
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsight.models.resnet_stages import ResNetStages, probe_stages
 from sparsight.nn.deform_block import make_stage_deformable
+from sparsight.nn.merge_maps import MergeMaps
 
 BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnext50_32x4d"]
 
@@ -61,6 +61,8 @@ class SemanticFPN(nn.Module):
             num_doublings = (stride // strides[0]).bit_length() - 1
             widths = [fpn_channels] + [head_channels] * max(1, num_doublings)
             self.branches.append(nn.ModuleList(_ConvNormReLU(a, b) for a, b in pairwise(widths)))
+        self.add = MergeMaps("sum", resizing="nearest")
+        self.resize = MergeMaps("sum")
         self.classifier = nn.Conv2d(head_channels, num_classes, 1)
         self.num_classes = num_classes
 
@@ -76,10 +78,9 @@ class SemanticFPN(nn.Module):
         maps = self.backbone(image)
         laterals = [lateral(x) for lateral, x in zip(self.laterals, maps, strict=True)]
         for i in range(len(laterals) - 2, -1, -1):
-            coarse = F.interpolate(laterals[i + 1], size=laterals[i].shape[-2:], mode="nearest")
-            laterals[i] = laterals[i] + coarse
-        finest = laterals[0].shape[-2:]
-        merged: Tensor | None = None
+            laterals[i] = self.add(laterals[i], laterals[i + 1])
+        finest = (laterals[0].shape[-2], laterals[0].shape[-1])
+        branches: list[Tensor] = []
         for output, branch, lateral in zip(self.outputs, self.branches, laterals, strict=True):
             x = output(lateral)
             layers = list(branch.children())
@@ -87,16 +88,14 @@ class SemanticFPN(nn.Module):
                 x = layer(x)
                 if x.shape[-2:] == finest:
                     continue
-                # The last step lands exactly on the finest map, whatever odd sizes lie between.
-                size = finest
+                # After the last step the sum lands on the finest map, whatever odd sizes lie
+                # between.
                 if step < len(layers) - 1:
                     size = (min(2 * x.shape[-2], finest[0]), min(2 * x.shape[-1], finest[1]))
-                x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-            merged = x if merged is None else merged + x
-        assert merged is not None
-        logits = self.classifier(merged)
-        size = image.shape[-2:]
-        return {"out": F.interpolate(logits, size=size, mode="bilinear", align_corners=False)}
+                    x = self.resize(x, size=size)
+            branches.append(x)
+        logits = self.classifier(self.resize(*branches))
+        return {"out": self.resize(logits, size=(image.shape[-2], image.shape[-1]))}
 
 
 def semantic_fpn(

@@ -15,6 +15,7 @@ from sparsight.nn.interpolation import (
     RBFInterpolation,
     ZeroFill,
 )
+from sparsight.nn.merge_maps import MergeMaps
 from sparsight.nn.noise import blue_noise_tile
 from sparsight.nn.objective import sampling_loss
 from sparsight.nn.perforation import PerforatedSampler
@@ -35,6 +36,7 @@ __all__ = [
     "ConvPair",
     "DeformableBlock",
     "DeformableConv2d",
+    "MergeMaps",
     "NearestInterpolation",
     "PerforatedSampler",
     "RBFInterpolation",

@@ -10,6 +10,7 @@ from sparsight.ops.assemble import assemble_windows, windows_inside
 from sparsight.ops.conv import sampled_conv2d
 from sparsight.ops.deform import sampled_deform_conv2d
 from sparsight.ops.interpolate import interpolate
+from sparsight.ops.merge import merge_maps
 from sparsight.ops.pool import soft_pool1d, soft_pool2d, soft_pool3d
 from sparsight.ops.sites import Sites, sites_from_mask
 
@@ -17,6 +18,7 @@ __all__ = [
     "Sites",
     "assemble_windows",
     "interpolate",
+    "merge_maps",
     "reference",
     "sampled_conv2d",
     "sampled_deform_conv2d",

@@ -13,6 +13,7 @@ from sparsight import _kernels
 
 MAX_TAPS: int = _kernels.MAX_TAPS
 MAX_WINDOW: int = _kernels.MAX_WINDOW
+MAX_MERGED: int = _kernels.MAX_MERGED
 
 
 def available_isas() -> list[str]:
@@ -547,3 +548,36 @@ def sampled_block(
             "whose output is not finite."
         )
     return out, masks, logits
+
+
+def merge_maps(
+    maps: Sequence[Tensor],
+    size: tuple[int, int],
+    sums: bool,
+    resizing: int,
+    *,
+    isa: str = "auto",
+    num_threads: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Kernel form of `merge.merge_maps_plain`; resizing is the number of the word.
+
+    `isa` is not looked at for bfloat16.
+    """
+    maps = [_rows(x) for x in maps]
+    channels = maps[0].shape[1] if sums else sum(x.shape[1] for x in maps)
+    batch, dtype = maps[0].shape[0], maps[0].dtype
+    if out is None:
+        out = _new_map((batch, channels, *size), dtype)
+    numbers = [batch, *size, int(sums), resizing]
+    for x in maps:
+        numbers += x.shape[1:]
+    _kernels.merge_maps(
+        [x.data_ptr() for x in maps],
+        numbers,
+        out.data_ptr(),
+        dtype == torch.bfloat16,
+        isa,
+        _threads(num_threads),
+    )
+    return out
