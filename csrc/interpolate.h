@@ -11,9 +11,9 @@
 
 constexpr int kMaxWindowTaps = kMaxWindow * kMaxWindow;
 
-// out[0..VECS vectors) = relu?(sum_i weight[i] * rows[i][at..] + residual)
 constexpr int kAlways = 4;  // see choose_mixes
 
+// out[0..VECS vectors) = relu?(sum_i weight[i] * rows[i][at..] + residual)
 template <int VECS, bool STREAM, class Out>
 static inline void combine_vectors(const Element* const* rows, const float* weights, int count,
                                    const Element* residual, bool clamp, Out* out, int64_t at) {
@@ -142,10 +142,10 @@ static inline void prefetch_row(const void* row, int64_t bytes) {
     __builtin_prefetch((const char*)row + at);
 }
 
-static inline void prefetch_written_row(const FillCall& call, int64_t p) {
-  const int64_t size = kUnit > 1 && call.float_output ? sizeof(float) : sizeof(Element);
-  const char* row = (const char*)call.output + p * call.output_stride * size;
-  for (int64_t at = 0; at < call.channels * size && at < kPrefetchedBytes; at += 64)
+static inline void prefetch_ahead(const FillCall& call, int64_t p) {
+  const char* row = (const char*)call.values + p * call.values_stride * (int64_t)sizeof(Element);
+  const int64_t bytes = call.channels * (int64_t)sizeof(Element);
+  for (int64_t at = 0; at < bytes && at < kPrefetchedBytes; at += 64)
     __builtin_prefetch(row + at, 1);
 }
 
@@ -209,10 +209,11 @@ static inline void choose_mixes(const FillCall& call, const int64_t* step, const
     }
     const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
     for (int i = 0; i < mix.count; ++i) mix.weights[i] *= inverse;
+    // What the sites' rows are read for first lies at the lower end of the window, and is by then
+    // on its way; of compact rows the hardware follows the order.
     if (call.residual)
       prefetch_row(element_row(call.residual, p * call.residual_stride), row_bytes);
-    for (int i = 0; i < mix.count; ++i) prefetch_row(mix.rows[i], row_bytes);
-    if (!call.stream) prefetch_written_row(call, p);
+    if (!call.row_of) prefetch_ahead(call, p + call.window / 2 * call.width);
   }
 }
 

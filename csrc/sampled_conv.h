@@ -296,6 +296,8 @@ static void conv(const ConvCall& call, int64_t panel_begin, int64_t panel_end, i
   const int64_t tiles = (end - begin + kRows - 1) / kRows;
   tile.turns = tiles < kDrawingTiles ? tiles : kDrawingTiles;
   const int64_t panel_floats = packed_offset(g, PackKind::panel, 1, kUnit);
+  // Of all positions in order the hardware follows the rows, but not where each is read once.
+  const bool draws_rows = call.sites || tile.taps == 1;
   // After the last panels of all, somebody begins with the first ones again.
   const int64_t panels = panel_count(g, PackKind::panel);
   const int64_t next_panels = panel_end < panels ? panel_end - panel_begin : -panel_begin;
@@ -312,7 +314,7 @@ static void conv(const ConvCall& call, int64_t panel_begin, int64_t panel_end, i
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const Panel at = panel_at(g, panel);
       tile.first_channel = at.first_in;
-      tile.next_rows = call.sites && !is_last && panel == panel_begin ? buffers[current] : nullptr;
+      tile.next_rows = draws_rows && !is_last && panel == panel_begin ? buffers[current] : nullptr;
       for (int64_t half = 0; half < at.width; half += kColumns) {
         tile.packed = call.weight + panel * panel_floats + half;
         const int64_t next = panel + next_panels;
