@@ -45,6 +45,7 @@ def instance_fcn(
     head_channels: int = 512,
     size: tuple[int, int] = (600, 1200),
     scales: tuple[float, ...] | list[float] = SCALES,
+    crop_scale: float | None = None,
     positive_octaves: float = 0.3,
     steps: int = 40_000,
     epochs: int | None = None,
@@ -97,6 +98,9 @@ def instance_fcn(
             600x1200.
         scales: factors on the size: one for each training image, drawn; all at inference. As
             published 0.1975,0.2963,0.4444,0.6667,1,1.5.
+        crop_scale: at larger scales, training images are cropped to the size that they have at this
+            one, around an object where one fits: uncropped, the largest scale costs as much as all
+            others together.
         positive_octaves: how far the size of an object may be from the window's, as a power of 2,
             for it to be learnt there: half the distance of the scales or more, or objects between
             two scales are learnt at neither.
@@ -219,7 +223,10 @@ def instance_fcn(
     recipe = Recipe(
         train_data=train_data,
         train_transform=proposal_transform(
-            scales=architecture.scales, is_training=True, is_flipped=is_flipped
+            scales=architecture.scales,
+            is_training=True,
+            is_flipped=is_flipped,
+            crop_scale=crop_scale,
         ),
         val_data=val_data,
         val_transform=proposal_transform(),
