@@ -19,6 +19,7 @@ from sparsight.train.data import (
     SeededView,
     SyntheticClasses,
     cifar10_evaluation_transform,
+    cifar10_training_transform,
 )
 from sparsight.train.evaluate_classification import score_classification
 from sparsight.train.sampling import InterpolationKind, Layout, Noise, Sampling, apply_sampling
@@ -30,6 +31,7 @@ def calibrate_cifar10(
     weights: str | None = None,
     budget: float = 0.6,
     num_images: int = 5000,
+    is_augmented: bool = True,
     num_steps: int = 400,
     batch_size: int = 32,
     lr: float = 1e-3,
@@ -58,7 +60,10 @@ def calibrate_cifar10(
         data: folder with cifar-10-batches-bin/, or with one *.npz file. Needed unless `quick`.
         weights: state_dict of the trained dense network. Needed unless `quick`.
         budget: share of the dense MACs to compute, in (0, 1], everything counted.
-        num_images: training images that are shown, the first of the set.
+        num_images: training images that are shown: the first of the set, and, augmented, the set
+            again in other views if it has fewer.
+        is_augmented: padded, cropped and flipped as in training. The network knows the plain images
+            of a small set by heart, and norms measured on them are not those of new images.
         num_steps: of calibration.
         batch_size: images per step.
         lr: peak learning rate of the samplers' weights.
@@ -95,7 +100,7 @@ def calibrate_cifar10(
         train_data, test_data = CIFAR10(data, "train"), CIFAR10(data, "test")
     dense = resnet_cifar(20).eval() if weights is None else load_resnet_cifar(weights)
     if quick:
-        num_steps, batch_size = 2, 4
+        num_steps, batch_size, num_images = 2, 4, min(num_images, 16)
     architecture = Architecture(
         model="resnet_cifar",
         num_classes=len(train_data.classes),
@@ -111,8 +116,13 @@ def calibrate_cifar10(
             window=window,
         ),
     )
-    train_view = SeededView(train_data, cifar10_evaluation_transform())
-    images = torch.stack([train_view[i][0] for i in range(min(num_images, len(train_view)))])
+    if is_augmented:
+        view = SeededView(train_data, cifar10_training_transform(), seed=seed)
+        drawn = [divmod(i, len(view)) for i in range(num_images)]  # (epoch, image)
+        images = torch.stack([view[index][0] for index in drawn])
+    else:
+        view = SeededView(train_data, cifar10_evaluation_transform())
+        images = torch.stack([view[i][0] for i in range(min(num_images, len(view)))])
     tests = DataLoader(SeededView(test_data, cifar10_evaluation_transform()), batch_size=64)
     num_classes = architecture.num_classes
     dense_score = score_classification(dense, tests, num_classes=num_classes)

@@ -129,6 +129,24 @@ def test_flags_that_contradict_each_other_are_refused(tmp_path):
         CIFAR10(quick=True, budget=0.5, method="resized", out=str(tmp_path))
 
 
+def test_calibration_sees_augmented_images_of_as_many_passes_as_it_takes(tmp_path, monkeypatch):
+    recipe = load_recipe(RECIPES / "calibrate_cifar10.py")
+    seen = []
+
+    def stop(model, images, **options):
+        seen.append(images)
+        raise InterruptedError
+
+    monkeypatch.setitem(recipe.__globals__, "calibrate", stop)
+    for is_augmented in (True, False):
+        with pytest.raises(InterruptedError):
+            recipe(quick=True, num_images=12, is_augmented=is_augmented, out=str(tmp_path))
+    augmented, plain = seen
+    assert len(augmented) == 12 and len(plain) == 8  # of 8 in the set
+    assert not any(torch.equal(image, other) for image in augmented[:4] for other in plain)
+    assert not torch.equal(augmented[0], augmented[8])
+
+
 def test_a_calibrated_network_is_saved_where_training_may_start(tmp_path):
     recipe = load_recipe(RECIPES / "calibrate_cifar10.py")
     torch.save(resnet_cifar(8).state_dict(), tmp_path / "w.pt")

@@ -186,7 +186,9 @@ def prune_and_sample(
         if settings.calibration_steps > 0:
             calibrate(
                 model,
-                images(),
+                # As training shows them: a network that has trained on plain ones knows them by
+                # heart, and norms measured on them are not those of new images.
+                torch.cat([batch[0] for batch in recipe.augmented_batches(settings.num_images)]),
                 budget=budget,
                 num_steps=settings.calibration_steps,
                 batch_size=recipe.batch_size,
