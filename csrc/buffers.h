@@ -11,7 +11,7 @@ namespace sparsight {
 
 // Below this, malloc reuses memory by itself.
 constexpr int64_t kPooledBytes = 1 << 20;
-constexpr int kPooledBuffers = 16;
+constexpr int kPooledBuffers = 64;
 constexpr int64_t kPooledTotal = int64_t{1} << 30;
 
 // Aligned to a page, in huge pages where it is large; free with std::free. Throws std::bad_alloc.

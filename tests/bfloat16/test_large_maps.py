@@ -97,3 +97,19 @@ def test_new_maps_are_channels_last_and_used_again(dtype):
     assert again.data_ptr() == where
     del again
     assert cpu.drop_buffers() == math.prod(shape) * dtype.itemsize
+
+
+def test_a_network_of_many_large_maps_finds_them_all_again():
+    cpu.drop_buffers()
+    shapes = [(1, channels, 80, 256) for channels in range(16, 48)]
+    made = [cpu._new_map(shape, torch.float32) for shape in shapes]
+    places = {x.data_ptr() for x in made}
+    del made
+    again = [cpu._new_map(shape, torch.float32) for shape in shapes]
+    assert {x.data_ptr() for x in again} == places
+    del again
+    many = [cpu._new_map((1, 16, 80, 256), torch.float32) for _ in range(70)]
+    one = many[0].nbytes
+    cpu.drop_buffers()
+    del many
+    assert cpu.drop_buffers() == 64 * one  # the oldest are gone

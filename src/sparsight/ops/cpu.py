@@ -58,7 +58,7 @@ def _new_map(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def drop_buffers() -> int:
     """Free the output buffers that are kept for the next call; returns how many bytes they held.
 
-    At most 16 buffers and 1 GiB are kept.
+    At most 64 buffers and 1 GiB are kept.
     """
     return _kernels.drop_buffers()
 
