@@ -243,6 +243,7 @@ def frrn_a(
         ValueError: a count below 1, or an unknown unpooling.
 
     Example:
+        >>> import torch
         >>> model = frrn_a(11, channels=8, residual_channels=4).eval()
         >>> model(torch.zeros(1, 3, 50, 70))["out"].shape
         torch.Size([1, 11, 50, 70])
