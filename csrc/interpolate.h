@@ -189,7 +189,7 @@ static inline void choose_mixes(const FillCall& call, const int64_t* step, const
   for (int m = 0; m < count; ++m) {
     Mix& mix = mixes[m];
     const int64_t p = mix.position = positions[m];
-    const float* ratio = t.ratio + level[m] * 64;
+    const float* ratio = t.ratio + level[m] * 64;  // without a level: the kernel, and nothing kept
     uint64_t left = kept[m];
     float total = 0.0f;
     for (int i = 0; i < kAlways; ++i) {

@@ -45,7 +45,7 @@ struct ConvCall {
   int64_t output_stride;
   bool compact_output;  // write the i-th row, not the row of its position
   bool float_output;    // write float32 rows, whatever the elements are
-  bool stream;          // write past the caches: rows are whole lines of 64 bytes, and groups
+  bool stream;          // write past the caches: each group of a row is whole lines of 64 bytes
   bool relu;
 };
 
@@ -101,7 +101,7 @@ struct FillTables {
   const uint64_t (*keep)[kWindowWords];   // taps that matter when the level is the best one seen
   const uint64_t* keep_eps;               // taps that matter at all, with eps
   const float* ratio;                     // num_levels x numbers: kernel[tap] / value of the level
-  const float* kernel;                    // numbers
+  const float* kernel;                    // numbers, right behind the last level's ratios
 };
 
 // Fill the holes of one image from the sites in their windows.

@@ -6,7 +6,7 @@
 //     h0 (w0 a + w1 b) + h1 (w0 c + w1 d), in this order, as torch has it
 //
 // Concatenation has a segment of each source, a sum one segment of all. What each row and column of
-// the output reads is looked up in tables. One pass, bound by memory; 4 vectors of channels at a
+// the output reads is looked up in tables. One pass, bound by memory; 2 vectors of channels at a
 // time. Included in an ISA-named namespace.
 
 // Rows of one source around one output position.

@@ -52,9 +52,10 @@ def calibrate_cifar10(
     akamaster/pytorch_resnet_cifar10.
     Command: `sparsight train recipes/classification/calibrate_cifar10.py --data DIR --weights
     cifar10_resnet56.pt --budget 0.6`.
-    Expected score, one run (2026-11-22, commit f3c7d1d, --num-images 5085) on 1,017 test images:
-    top-1 88.4 at a share of 0.597, dense 92.7. A quarter of an hour on one thread of a CPU with
-    AVX-512 (AMD EPYC), beside other work. See docs/results/2026-11-22-budget.md.
+    Expected score, one run (2026-11-22, commit f3c7d1d, --num-images 5085, on plain images, which
+    --is-augmented false shows; augmented ones were not scored) on 1,017 test images: top-1 88.4 at
+    a share of 0.597, dense 92.7. A quarter of an hour on one thread of a CPU with AVX-512 (AMD
+    EPYC), beside other work. See docs/results/2026-11-22-budget.md.
 
     Args:
         data: folder with cifar-10-batches-bin/, or with one *.npz file. Needed unless `quick`.

@@ -68,7 +68,7 @@ def test_models_of_any_size_are_frozen_with_it(build):
     with torch.inference_mode():
         expected = model(x)["out"]
         torch.testing.assert_close(
-            frozen(x)["out"], expected, atol=1e-3 * float(expected.abs().max()), rtol=1e-3
+            frozen(x)["out"], expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4
         )
 
 

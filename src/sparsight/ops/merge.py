@@ -27,6 +27,10 @@ def _resized(x: Tensor, size: Sequence[int], resizing: str) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=corners)
 
 
+def _largest(maps: Sequence[Tensor]) -> tuple[int, int]:
+    return max(x.shape[-2] for x in maps), max(x.shape[-1] for x in maps)
+
+
 def merge_maps_plain(
     maps: Sequence[Tensor],
     *,
@@ -35,9 +39,7 @@ def merge_maps_plain(
     size: tuple[int, int] | None = None,
 ) -> Tensor:
     """As `merge_maps`, by torch's operators alone: for training, export and compilers."""
-    if size is None:
-        size = (max(x.shape[-2] for x in maps), max(x.shape[-1] for x in maps))
-    resized = [_resized(x, size, resizing) for x in maps]
+    resized = [_resized(x, size or _largest(maps), resizing) for x in maps]
     if merging == "concatenate":
         return resized[0] if len(resized) == 1 else torch.cat(resized, 1)
     total = resized[0]
@@ -82,9 +84,9 @@ def merge_maps(
 ) -> Tensor:
     """Resize maps to one size and concatenate or sum them, in one pass on the CPU.
 
-    The kernel takes float32 maps, or bfloat16 ones where the CPU has instructions for
-    them, when no gradient is asked for; everything else is computed by torch's operators, one after
-    another. Both choose the same positions and weights; sums differ in rounding.
+    The kernel takes float32 maps, or bfloat16 ones where the CPU has instructions for them, when no
+    gradient is asked for; everything else is computed by torch's operators, one after another. Both
+    choose the same positions and weights; sums differ in rounding.
 
     Args:
         maps: one or more (B, C_i, H_i, W_i) of one floating dtype and device; channels-last is read
@@ -111,9 +113,9 @@ def merge_maps(
     _check(maps, merging, resizing, size)
     if not _takes_kernel(maps, merging):
         return merge_maps_plain(maps, merging=merging, resizing=resizing, size=size)
-    if size is None:
-        size = (max(x.shape[-2] for x in maps), max(x.shape[-1] for x in maps))
-    return torch.ops.sparsight.merge_maps(list(maps), list(size), merging, resizing)
+    return torch.ops.sparsight.merge_maps(
+        list(maps), list(size or _largest(maps)), merging, resizing
+    )
 
 
 def _check(

@@ -1,5 +1,6 @@
 """Images with masks, flipped with them, in [0, 1], at a scale that is drawn."""
 
+import pytest
 import torch
 
 from sparsight.train.data import Coco, SeededView, write_synthetic_coco
@@ -96,6 +97,12 @@ def test_large_scales_are_cropped_to_the_size_of_a_smaller_one(tmp_path):
         scale = target["scale"] / target["crop_share"]
         sizes.setdefault(scale, set()).add((tuple(image.shape[1:]), target["scale"]))
     assert sizes == {0.5: {((32, 48), 0.5)}, 1.0: {((32, 48), 1.0)}, 4.0: {((8, 12), 1.0)}}
+
+
+@pytest.mark.parametrize("crop_scale", [0.0, -1.0, float("nan")])
+def test_a_crop_of_nothing_is_refused(crop_scale):
+    with pytest.raises(ValueError, match=r"crop_scale=.*above 0 is required"):
+        proposal_transform(is_training=True, scales=(1.0,), crop_scale=crop_scale)
 
 
 def test_crops_in_a_batch_have_the_pixels_of_one_scale():

@@ -34,7 +34,15 @@ def proposal_transform(
 
     Returns:
         A callable (uint8 image (3, H, W), target) -> (float32 image in [0, 1], target).
+
+    Raises:
+        ValueError: `crop_scale` is not above 0.
     """
+    if crop_scale is not None and not crop_scale > 0:
+        raise ValueError(
+            f"proposal_transform: crop_scale={crop_scale}; a scale above 0 is required, as the "
+            "factors in scales are; pass one of them, or leave it out to crop nothing."
+        )
     flipped = detection_transform(is_training=is_training and is_flipped)
     if not is_training:
         return flipped
